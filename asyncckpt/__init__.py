@@ -1,0 +1,75 @@
+"""Saves the state of PyTorch training without stopping the training.
+
+    handle = asyncckpt.save(state, "step100.pt")   # returns once state may be changed
+    asyncckpt.wait()                               # everything is durable, or it raises
+    state = asyncckpt.load("step100.pt")           # every byte checked; torch.load opens it too
+
+Names are imported when they are first used, so that `import asyncckpt` alone does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from asyncckpt.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from asyncckpt.errors import CheckpointError as CheckpointError
+    from asyncckpt.errors import CheckpointNotFoundError as CheckpointNotFoundError
+    from asyncckpt.errors import CheckpointWriteError as CheckpointWriteError
+    from asyncckpt.errors import CorruptCheckpointError as CorruptCheckpointError
+    from asyncckpt.errors import QueueFullError as QueueFullError
+    from asyncckpt.errors import SaverClosedError as SaverClosedError
+    from asyncckpt.errors import TornSnapshotError as TornSnapshotError
+    from asyncckpt.errors import UnsafeCheckpointError as UnsafeCheckpointError
+    from asyncckpt.errors import UnsupportedStateError as UnsupportedStateError
+    from asyncckpt.errors import WaitTimeoutError as WaitTimeoutError
+    from asyncckpt.events import Event as Event
+    from asyncckpt.image.load import load as load
+    from asyncckpt.image.load import verify as verify
+    from asyncckpt.records import CheckpointInfo as CheckpointInfo
+    from asyncckpt.records import Timings as Timings
+    from asyncckpt.records import VerifyReport as VerifyReport
+    from asyncckpt.service.default import prepare as prepare
+    from asyncckpt.service.default import save as save
+    from asyncckpt.service.default import wait as wait
+    from asyncckpt.service.handle import SaveHandle as SaveHandle
+    from asyncckpt.service.saver import AsyncCheckpointSaver as AsyncCheckpointSaver
+
+_HOMES = {
+    "asyncckpt.errors": (
+        "CheckpointError",
+        "CheckpointNotFoundError",
+        "CheckpointWriteError",
+        "CorruptCheckpointError",
+        "QueueFullError",
+        "SaverClosedError",
+        "TornSnapshotError",
+        "UnsafeCheckpointError",
+        "UnsupportedStateError",
+        "WaitTimeoutError",
+    ),
+    "asyncckpt.events": ("Event",),
+    "asyncckpt.image.load": ("load", "verify"),
+    "asyncckpt.records": ("CheckpointInfo", "Timings", "VerifyReport"),
+    "asyncckpt.service.default": ("prepare", "save", "wait"),
+    "asyncckpt.service.handle": ("SaveHandle",),
+    "asyncckpt.service.saver": ("AsyncCheckpointSaver",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted([*_HOME_OF, "__version__"])  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'asyncckpt' has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,68 @@
+"""Every error that asyncckpt raises.
+
+Each one is a `CheckpointError` and also the builtin that a caller would expect in its place::
+
+    CheckpointError(Exception)
+    ├── CheckpointNotFoundError    also FileNotFoundError
+    ├── CorruptCheckpointError     also ValueError
+    ├── UnsafeCheckpointError      also pickle.UnpicklingError, as torch.load raises
+    ├── UnsupportedStateError      also TypeError
+    ├── TornSnapshotError          also RuntimeError
+    ├── CheckpointWriteError       also OSError (errno is kept)
+    ├── QueueFullError             also RuntimeError
+    ├── SaverClosedError           also RuntimeError
+    └── WaitTimeoutError           also TimeoutError
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+
+
+class CheckpointError(Exception):
+    """The base of all errors raised by asyncckpt."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint at the path."""
+
+
+class CorruptCheckpointError(CheckpointError, ValueError):
+    """The file is not the checkpoint that was written: truncated, altered, or something else entirely."""
+
+
+class UnsafeCheckpointError(CheckpointError, pickle.UnpicklingError):
+    """Opening the file would run code, and the caller did not ask for that by name."""
+
+
+class UnsupportedStateError(CheckpointError, TypeError):
+    """The state holds something that can't be saved; the message names the key's path."""
+
+
+class TornSnapshotError(CheckpointError, RuntimeError):
+    """A tensor was written to while the snapshot was taken, so the snapshot was thrown away."""
+
+
+class CheckpointWriteError(CheckpointError, OSError):
+    """The checkpoint did not become durable. What was at the path before is still there, whole.
+
+    `failures` lists every failed save when a barrier (`wait`, `close`) reports more than one.
+    """
+
+    def __init__(self, message: str, *, errno: int | None = None, failures: Sequence[BaseException] = ()) -> None:
+        super().__init__(message)
+        self.errno = errno
+        self.failures = tuple(failures)
+
+
+class QueueFullError(CheckpointError, RuntimeError):
+    """Too many saves are in flight, and the saver was told to raise (`when_full="raise"`)."""
+
+
+class SaverClosedError(CheckpointError, RuntimeError):
+    """The saver was closed, or belongs to the process that forked this one."""
+
+
+class WaitTimeoutError(CheckpointError, TimeoutError):
+    """Some saves were not durable when the time was up; they go on in the background."""

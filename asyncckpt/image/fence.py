@@ -1,0 +1,174 @@
+"""Overlap: which storages may be staged late, and the fence that training may not pass before they are.
+
+Only `optimizer.step` writes parameters and optimizer state, so their copies may run during the next forward and
+backward. One permanent global hook before every optimizer's step holds it until they are done. The hook is global
+because per-instance hooks miss wrapped optimizers and run after older ones, and permanent because a changing set of
+hooks makes compiled steps recompile.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from asyncckpt.image.plan import Plan
+from asyncckpt.image.staging import StorageCopies
+
+
+class LateStaging:
+    """The late part of one overlapped snapshot; pending from construction until `release`."""
+
+    def __init__(self, copies: StorageCopies, storages: frozenset[int]) -> None:
+        self.copies = copies
+        self.fence_secs = 0.0
+        self._storages = storages
+        self._done = threading.Event()
+        with _lock:
+            _pending.append(self)
+
+    def concerns(self, optimizer: Any) -> bool:
+        return any(tensor.untyped_storage()._cdata in self._storages for tensor in _optimizer_tensors(optimizer))
+
+    def hold(self) -> None:
+        """Keep the caller from writing before the copies are done: on the device where it can be, else by waiting."""
+        self.copies.wait_on_devices()
+        if self.copies.needs_host:
+            started = time.perf_counter()
+            self._done.wait()
+            self.fence_secs += time.perf_counter() - started
+
+    def release(self) -> None:
+        """Open the fence: the copies are done, or given up."""
+        with _lock:
+            if self in _pending:
+                _pending.remove(self)
+        self._done.set()
+
+
+def late_keys(plan: Plan, optimizers: Sequence[Any]) -> tuple[set[int], frozenset[int]]:
+    """The keys, and the identities, of the storages on which every tensor belongs to the optimizers.
+
+    Everything else (buffers, averaged weights, frozen weights, generators) may be written by forward passes or the
+    user, so it is copied at once.
+    """
+    regions = {_region(tensor) for optimizer in optimizers for tensor in _optimizer_tensors(optimizer)}
+    keys = {key for key, views in plan.views.items() if all(_region(view) in regions for view in views)}
+    identities = frozenset(plan.views[key][0].untyped_storage()._cdata for key in keys)
+    return keys, identities
+
+
+def why_not_overlap(optimizers: Sequence[Any], modules: Sequence[torch.nn.Module]) -> str | None:
+    """The reason why the fence can't guard this state, so that it must be staged at once; None when it can."""
+    for optimizer in optimizers:
+        if not _has_hooks(optimizer):
+            return f"{type(optimizer).__name__} has no step hooks"
+        if any(group.get("capturable") for group in optimizer.param_groups):
+            return f"{type(optimizer).__name__} is capturable: a replayed CUDA graph runs no hooks"
+    for module in modules:
+        for name, child in module.named_modules():
+            if isinstance(child, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and child.max_norm is not None:
+                return f"{name or type(child).__name__} has max_norm, so it writes its weight in forward"
+    if _inside_step(sys._getframe()):
+        return "the save was made inside optimizer.step"
+    return None
+
+
+def guard(optimizers: Sequence[Any], modules: Sequence[torch.nn.Module]) -> None:
+    """Make `load_state_dict` of these wait for pending snapshots too. Cheap when repeated."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, Optimizer) and optimizer not in _guarded:
+            _guarded.add(optimizer)
+            optimizer.register_load_state_dict_pre_hook(_before_optimizer_load)
+    for module in modules:
+        if module not in _guarded:
+            _guarded.add(module)
+            module.register_load_state_dict_pre_hook(_before_module_load)  # type: ignore[no-untyped-call]
+
+
+_lock = threading.Lock()
+_pending: list[LateStaging] = []
+_guarded: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    for staging in tuple(_pending):
+        if staging.concerns(optimizer):
+            staging.hold()
+
+
+def _before_optimizer_load(optimizer: Any, state_dict: Any) -> None:
+    _before_step(optimizer, (), {})
+
+
+def _before_module_load(*args: Any) -> None:
+    for staging in tuple(_pending):
+        staging.hold()
+
+
+def _forget_in_child() -> None:
+    _pending.clear()  # the thread that would open these fences lives in the parent
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+# Marked by hand: torch.compiler.disable would import all of dynamo, seconds of it, for a hook that never needs it.
+_before_step._torchdynamo_disable = True  # type: ignore[attr-defined]
+register_optimizer_step_pre_hook(_before_step)
+
+
+def _optimizer_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
+    """Parameters first: a step's own are found at the first look."""
+    for group in optimizer.param_groups:
+        yield from (tensor for tensor in group["params"] if _is_plain(tensor))
+    for state in optimizer.state.values():
+        yield from _tensors_in(state)
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        if _is_plain(value):
+            yield value
+    elif isinstance(value, dict):
+        for child in value.values():
+            yield from _tensors_in(child)
+    elif isinstance(value, (list, tuple)):
+        for child in value:
+            yield from _tensors_in(child)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+
+
+def _region(tensor: torch.Tensor) -> tuple[int, int | torch.SymInt, torch.Size, tuple[int, ...]]:
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.size(), tensor.stride()
+
+
+def _has_hooks(optimizer: Any) -> bool:
+    """Whether a step runs the global hooks: its own class was patched, or it wraps an optimizer whose was."""
+    if getattr(type(optimizer).step, "hooked", False):
+        return True
+    inner = getattr(optimizer, "optimizer", None)
+    return inner is not None and getattr(type(inner).step, "hooked", False)
+
+
+def _inside_step(frame: FrameType | None) -> bool:
+    """Whether the calling thread is inside a hooked step: its snapshot would hold a half-made update."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "wrapper" and code.co_filename == _HOOKED_STEP_FILE and "profile_name" in frame.f_locals:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_HOOKED_STEP_FILE = Optimizer.profile_hook_step.__code__.co_filename

@@ -1,0 +1,134 @@
+"""Loading: verify a file through one descriptor, then map that same descriptor with torch."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap as mmap_module
+import os
+import pickle
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from asyncckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, UnsafeCheckpointError
+from asyncckpt.image.verify import default_num_threads, read_archive, verify_reader
+from asyncckpt.records import VerifyReport
+from asyncckpt.storage.base import Reader
+from asyncckpt.storage.local import LocalReader, LocalStorage
+
+MapLocation = Callable[[Any, str], Any] | torch.device | str | dict[str, str] | None
+
+# What torch.save(..., _use_new_zipfile_serialization=False) writes first: a pickled magic number.
+_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+def load(
+    path: str | os.PathLike[str],
+    map_location: MapLocation = "cpu",
+    *,
+    weights_only: bool = True,
+    mmap: bool = True,
+) -> Any:
+    """Load a checkpoint after checking every byte of it. Blocks; thread-safe.
+
+    Takes files of asyncckpt and of torch.save. CPU tensors are mapped from the file, privately: writing to them never
+    changes it, and replacing or deleting the file does not disturb them (truncating it in place would). `mmap=False`
+    reads them into memory instead. `map_location` is torch.load's; the default puts everything on the CPU.
+
+    With `weights_only` (the default) nothing in the file can run code; `weights_only=False` unpickles freely, so use it
+    only for files whose author you trust.
+
+    Raises `CheckpointNotFoundError`, `CorruptCheckpointError` (naming the record), `UnsafeCheckpointError` (naming what
+    the file wanted to call), and OSError when reading fails.
+    """
+    name = local_path(path)
+    with contextlib.closing(_open(name)) as reader:
+        is_zip = _check(reader, name)
+        with _private_mapping(), _clear_errors(name):
+            return torch.load(
+                _descriptor_path(reader, name),
+                map_location=map_location,
+                weights_only=weights_only,
+                mmap=mmap and is_zip,
+            )
+
+
+def verify(path: str | os.PathLike[str]) -> VerifyReport:
+    """Read every byte of a checkpoint and check it. Blocks; thread-safe; loads nothing, runs nothing.
+
+    A damaged file is a report with problems, not an exception. Raises `CheckpointNotFoundError`, and OSError when
+    reading fails.
+    """
+    name = local_path(path)
+    with _open(name) as reader:
+        return verify_reader(reader, name, num_threads=default_num_threads())
+
+
+def local_path(path: str | os.PathLike[str]) -> str:
+    """The absolute form of a path on this machine."""
+    name = os.fspath(path)
+    if not isinstance(name, str):
+        raise TypeError(f"a checkpoint's path is a str or a Path, not {type(name).__name__}")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name):
+        raise CheckpointError(f"{name}: this version saves to and loads from local paths only")
+    return os.path.abspath(name)
+
+
+def _open(path: str) -> LocalReader:
+    try:
+        return LocalStorage().open(path)
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(f"there is no checkpoint at {path}") from error
+    except IsADirectoryError as error:
+        raise CorruptCheckpointError(f"{path} is a directory, not a checkpoint file") from error
+
+
+def _check(reader: Reader, path: str) -> bool:
+    """Raise unless the file is whole; False for the legacy format, which has no checksums."""
+    start = memoryview(bytearray(min(len(_LEGACY_MAGIC), reader.num_bytes)))
+    reader.read_into(0, start)
+    if bytes(start) == _LEGACY_MAGIC:
+        warnings.warn(f"{path} is in torch's legacy format, which has no checksums: loaded unverified", stacklevel=3)
+        return False
+    archive = read_archive(reader, path)
+    if archive.find("data.pkl") is None:
+        raise CorruptCheckpointError(f"{path} is a zip archive, but not a checkpoint: it has no record data.pkl")
+    report = verify_reader(reader, path, num_threads=default_num_threads())
+    if not report.ok:
+        more = f" (and {len(report.problems) - 1} more problems)" if len(report.problems) > 1 else ""
+        raise CorruptCheckpointError(f"{path} is damaged: {report.problems[0]}{more}; load an earlier checkpoint")
+    return True
+
+
+def _descriptor_path(reader: LocalReader, path: str) -> str:
+    """The verified file itself, whatever has been renamed over its name meanwhile."""
+    return f"/proc/self/fd/{reader.fd}" if sys.platform == "linux" else path
+
+
+@contextlib.contextmanager
+def _private_mapping() -> Iterator[None]:
+    """torch maps as a process-wide option says; shared, a write to a loaded tensor would change the file."""
+    if torch.serialization.get_default_mmap_options() == mmap_module.MAP_PRIVATE:
+        yield
+    else:
+        with torch.serialization.set_default_mmap_options(mmap_module.MAP_PRIVATE):
+            yield
+
+
+@contextlib.contextmanager
+def _clear_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        what = f"it refers to {named[1]}" if named else str(error).splitlines()[-1]
+        raise UnsafeCheckpointError(
+            f"{path} was not loaded, because it could run code: {what}. If you trust its author, allow that class with "
+            "torch.serialization.add_safe_globals, or pass weights_only=False"
+        ) from error
+    except (EOFError, IndexError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        raise CorruptCheckpointError(f"{path} holds a pickle that makes no sense: {error!r}") from error

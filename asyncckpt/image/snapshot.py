@@ -1,0 +1,158 @@
+"""Snapshots: from a plan to an image in an arena, at once or behind the fence."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+
+from asyncckpt.image import fence
+from asyncckpt.image.arena import Arena, ArenaPool
+from asyncckpt.image.checksum import ImageSource, StagedImage
+from asyncckpt.image.plan import Plan
+from asyncckpt.image.staging import StorageCopies, check_versions, stage_contents, warm
+from asyncckpt.image.streaming import StreamedImage
+from asyncckpt.records import Timings
+
+SnapshotMode = Literal["copy", "overlap"]
+SNAPSHOT_MODES: tuple[str, ...] = get_args(SnapshotMode)
+
+RunInBackground = Callable[[Callable[[], None]], None]
+
+
+class Snapshot:
+    """An image, complete or on its way to being so. `release` gives its memory back."""
+
+    def __init__(self, pool: ArenaPool, arena: Arena, source: ImageSource) -> None:
+        self.source: ImageSource | None = source
+        self._pool = pool
+        self._arena: Arena | None = arena
+        self._staged = threading.Event()
+        self._error: BaseException | None = None
+
+    def complete(self, error: BaseException | None = None) -> None:
+        """Staging is over."""
+        self._error = error
+        self._staged.set()
+
+    def wait(self) -> ImageSource:
+        """The bytes to write, once they are final. Blocks; raises what went wrong while staging."""
+        self._staged.wait()
+        if self._error is not None:
+            raise self._error
+        assert self.source is not None
+        return self.source
+
+    def release(self) -> None:
+        """Drop the image. Safe to call twice."""
+        arena, self._arena, self.source = self._arena, None, None
+        if arena is not None:
+            self._pool.release(arena)
+
+
+class Snapshotter:
+    """Takes snapshots in one mode, out of one pool of arenas."""
+
+    def __init__(self, mode: SnapshotMode, max_arenas: int, run_in_background: RunInBackground) -> None:
+        self._mode = mode
+        self._pool = ArenaPool(max_arenas)
+        self._run_in_background = run_in_background
+
+    def take(
+        self,
+        plan: Plan,
+        optimizers: Sequence[Any],
+        modules: Sequence[torch.nn.Module],
+        timings: Timings,
+        on_staged: Callable[[], None],
+    ) -> Snapshot:
+        """Stage the planned state: all of it before returning, or in overlap mode all but what the fence guards.
+
+        `on_staged` is called once nothing of the live state is needed any more, on whichever thread that happens.
+        """
+        started = time.perf_counter()
+        late_keys, identities = self._late(plan, optimizers, modules)
+        arena = self._pool.acquire(plan.layout.num_bytes)
+        try:
+            stage_contents(plan, arena.buffer)
+            at_once = StorageCopies(plan, arena, set(range(len(plan.storages))) - late_keys)
+            late = StorageCopies(plan, arena, late_keys)
+            late.start()
+            at_once.start()
+            at_once.finish()
+            arena.used_bytes = max(arena.used_bytes, plan.layout.num_bytes)
+        except BaseException:
+            self._pool.release(arena)
+            raise
+        snapshot = Snapshot(self._pool, arena, StagedImage(plan.layout, arena.buffer))
+        if late_keys:
+            fence.guard(optimizers, modules)
+            staging = fence.LateStaging(late, identities)
+            self._run_in_background(lambda: _finish(snapshot, plan, staging, timings, started, on_staged))
+            return snapshot
+        try:
+            check_versions(plan)
+        except BaseException:
+            snapshot.release()
+            raise
+        timings.stage_secs = time.perf_counter() - started
+        snapshot.complete()
+        on_staged()
+        return snapshot
+
+    def stream(self, plan: Plan, num_bytes: int) -> Snapshot:
+        """A snapshot that is staged piece by piece while it is written; the state must not change until then."""
+        arena = self._pool.acquire(num_bytes)
+        snapshot = Snapshot(self._pool, arena, StreamedImage(plan, arena, num_bytes))
+        snapshot.complete()
+        return snapshot
+
+    def prepare(self, num_bytes: int) -> None:
+        """Warm one arena for images of `num_bytes`. Blocks, without the GIL."""
+        arena = self._pool.acquire(num_bytes)
+        try:
+            warm(arena, num_bytes, pin=torch.cuda.is_available())
+        finally:
+            self._pool.release(arena)
+
+    def close(self) -> None:
+        """Give all memory back, what is still lent as it returns."""
+        self._pool.close()
+
+    def _late(
+        self, plan: Plan, optimizers: Sequence[Any], modules: Sequence[torch.nn.Module]
+    ) -> tuple[set[int], frozenset[int]]:
+        if self._mode == "copy" or not optimizers:
+            return set(), frozenset()
+        reason = fence.why_not_overlap(optimizers, modules)
+        if reason is not None:
+            warnings.warn(f"snapshot='overlap' fell back to 'copy' for this save: {reason}", stacklevel=5)
+            return set(), frozenset()
+        return fence.late_keys(plan, optimizers)
+
+
+def _finish(
+    snapshot: Snapshot,
+    plan: Plan,
+    staging: fence.LateStaging,
+    timings: Timings,
+    started: float,
+    on_staged: Callable[[], None],
+) -> None:
+    """The background part of an overlapped snapshot."""
+    error: BaseException | None = None
+    try:
+        staging.copies.finish()
+        check_versions(plan)
+    except BaseException as caught:
+        error = caught
+    finally:
+        staging.release()
+    timings.stage_secs = time.perf_counter() - started
+    timings.fence_secs = staging.fence_secs
+    snapshot.complete(error)
+    on_staged()

@@ -1,0 +1,82 @@
+"""What happens to savers when the process ends or forks. No torch.
+
+At exit every saver is flushed, with a deadline. A failure that nobody has looked at turns an exit code of 0 into the
+saver's `exit_code` (74, EX_IOERR): a job whose last checkpoint was lost must not look like a success.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import weakref
+from typing import Protocol
+
+logger = logging.getLogger("asyncckpt")
+
+
+class Flushable(Protocol):
+    """What this module needs of a saver."""
+
+    exit_code: int | None
+
+    def flush_at_exit(self) -> bool:
+        """Wait, with a deadline, until everything is durable; False (and a line in the log) if something is not."""
+        ...
+
+    def forget_after_fork(self) -> None:
+        """In a forked child: the threads are gone, and what was in flight is the parent's."""
+        ...
+
+
+_savers: weakref.WeakSet[Flushable] = weakref.WeakSet()
+
+
+def register(saver: Flushable) -> None:
+    """Flush this saver at exit."""
+    _savers.add(saver)
+
+
+def _flush_all() -> list[int]:
+    """Flush every saver; the exit codes of those that failed."""
+    savers = list(_savers)
+    return [saver.exit_code for saver in savers if not saver.flush_at_exit() and saver.exit_code is not None]
+
+
+_failed_codes: list[int] = []
+
+
+def _flush_early() -> None:
+    """Before the interpreter joins threads: executors and most libraries still work."""
+    _failed_codes.extend(_flush_all())
+
+
+def _flush_late() -> None:
+    """After non-daemon threads, which may have saved until now, have ended."""
+    _failed_codes.extend(_flush_all())
+    if _failed_codes and not _exception_ends_process():
+        logger.error("exiting with code %d, because a checkpoint was not saved", _failed_codes[0])
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        os._exit(_failed_codes[0])
+
+
+def _exception_ends_process() -> bool:
+    """An uncaught exception has set a non-zero exit code already."""
+    return getattr(sys, "last_exc", None) is not None or getattr(sys, "last_value", None) is not None
+
+
+def _forget_in_child() -> None:
+    for saver in list(_savers):
+        saver.forget_after_fork()
+    _savers.clear()
+
+
+atexit.register(_flush_late)
+if hasattr(threading, "_register_atexit"):
+    threading._register_atexit(_flush_early)
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,0 +1,87 @@
+"""What `save()` returns: a future with a checkpoint's story attached. No torch."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any
+
+from asyncckpt.records import CheckpointInfo, Timings
+
+
+class SaveHandle(Future[CheckpointInfo]):
+    """A save that was accepted: a `concurrent.futures.Future` of the durable checkpoint's `CheckpointInfo`.
+
+    It is running from the start, so `cancel()` does nothing and nobody's time-out can cancel a save. When it resolves,
+    the checkpoint survives power loss. Thread-safe. Callbacks added to it run on the saver's callback thread, never on
+    a worker. A save skipped for lack of room is a settled handle with `skipped` true, whose result is None.
+    """
+
+    def __init__(self, path: str, run_callback: Callable[[Callable[[], object]], None]) -> None:
+        super().__init__()
+        self.path = path
+        self.skipped = False
+        self.timings = Timings()
+        self.looked_at = False
+        self._submitted = time.perf_counter()
+        self._staged = threading.Event()
+        self._run_callback = run_callback
+        self.set_running_or_notify_cancel()
+
+    @property
+    def staged(self) -> bool:
+        """Whether the snapshot is complete, so that any state may be changed in any way."""
+        return self._staged.is_set()
+
+    def wait_staged(self, timeout: float | None = None) -> bool:
+        """Wait until the snapshot is complete; False when `timeout` seconds pass before that.
+
+        True also when the save failed: nothing is read from live state any more then.
+        """
+        return self._staged.wait(timeout)
+
+    def result(self, timeout: float | None = None) -> CheckpointInfo:
+        """The durable checkpoint. Blocks up to `timeout` seconds; raises what made the save fail, or TimeoutError."""
+        try:
+            return super().result(timeout)
+        finally:
+            self.looked_at = self.looked_at or self.done()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What made the save fail, None if it succeeded. Blocks up to `timeout` seconds."""
+        try:
+            return super().exception(timeout)
+        finally:
+            self.looked_at = self.looked_at or self.done()
+
+    def failure(self) -> BaseException | None:
+        """The error of a settled save, without counting as having looked at it."""
+        return super().exception(0)
+
+    def wait_settled(self, timeout: float | None = None) -> bool:
+        """Wait until the save has succeeded, failed or been skipped, without raising; False on time-out."""
+        try:
+            super().exception(timeout)
+        except FutureTimeoutError:
+            return False
+        return True
+
+    def add_done_callback(self, fn: Callable[[Future[CheckpointInfo]], Any]) -> None:
+        """Call `fn(handle)` on the callback thread once the save has settled; an error in it is logged."""
+        super().add_done_callback(lambda handle: self._run_callback(lambda: fn(handle)))
+
+    def mark_staged(self) -> None:
+        """The saver's: the snapshot is complete, or given up."""
+        self._staged.set()
+
+    def settle(self, info: CheckpointInfo | None, error: BaseException | None) -> None:
+        """The saver's: the save has succeeded, failed, or (with neither) was skipped."""
+        self.timings.durable_secs = time.perf_counter() - self._submitted
+        self._staged.set()
+        if error is not None:
+            self.set_exception(error)
+        else:
+            self.set_result(info)  # type: ignore[arg-type]

@@ -1,0 +1,148 @@
+"""The worker: the one place that knows write → sync → commit. No torch."""
+
+from __future__ import annotations
+
+import errno
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+from asyncckpt.errors import CheckpointError, CheckpointWriteError, CorruptCheckpointError
+from asyncckpt.image.checksum import ImageSource, Piece
+from asyncckpt.image.verify import verify_reader
+from asyncckpt.records import CheckpointInfo, Timings
+from asyncckpt.service.threads import ThreadGroup
+from asyncckpt.storage.base import Storage, Upload
+
+# What may pass by itself. A full disk may too, but not within seconds: it fails at once, and the next save tries again.
+_PASSING_ERRORS = frozenset({errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR, errno.ENETDOWN})
+_FIRST_PAUSE_SECS = 0.1
+
+
+@dataclass
+class Job:
+    """An image on its way to a path. `wait_turn` returns once every earlier commit in the same place has settled."""
+
+    path: str
+    storage: Storage
+    source: ImageSource
+    retries: int
+    verify_after_save: bool
+    wait_turn: Callable[[], None]
+    on_retry: Callable[[OSError], None]
+    stop: threading.Event
+    timings: Timings = field(default_factory=Timings)
+
+
+def write_checkpoint(job: Job, writers: ThreadGroup) -> CheckpointInfo:
+    """Write, sync and commit; durable on return. Blocks.
+
+    A passing error abandons the file, its descriptor too (a failed fsync may have dropped the data, and the next one on
+    that descriptor would report success), and writes a new one, up to `job.retries` times. Raises
+    `CheckpointWriteError`; what was at the path before is untouched then.
+    """
+    for attempt in range(job.retries + 1):
+        try:
+            return _write_once(job, writers)
+        except OSError as error:
+            if attempt == job.retries or error.errno not in _PASSING_ERRORS or isinstance(error, CheckpointError):
+                raise _describe(job, error) from error
+            job.on_retry(error)
+            forget_frames(error)
+            job.stop.wait(_FIRST_PAUSE_SECS * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def _write_once(job: Job, writers: ThreadGroup) -> CheckpointInfo:
+    timings = job.timings
+    started = time.perf_counter()
+    upload = job.storage.begin(job.path, job.source.num_bytes)
+    try:
+        for window in job.source.windows(upload.piece_bytes):
+            _write_window(upload, window, writers)
+        timings.checksum_secs = job.source.checksum_secs
+        written = time.perf_counter()
+        timings.write_secs = written - started
+        upload.sync()
+        if job.verify_after_save:
+            _read_back(job.path, upload)
+        synced = time.perf_counter()
+        timings.sync_secs = synced - written
+        job.wait_turn()
+        upload.commit()
+        timings.commit_secs = time.perf_counter() - synced
+    except BaseException:
+        upload.abort()
+        raise
+    timestamp = datetime.now(timezone.utc).isoformat()
+    return CheckpointInfo(Path(job.path), job.source.num_bytes, timestamp)
+
+
+def _write_window(upload: Upload, window: Iterator[Piece], writers: ThreadGroup) -> None:
+    """Pull pieces and write them from several threads; the first error stops all and is raised."""
+    pulling = threading.Lock()
+    errors: list[BaseException] = []
+    finished: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def write_pieces() -> None:
+        try:
+            while not errors:
+                with pulling:  # the next piece is checksummed while the others are being written
+                    piece = next(window, None)
+                if piece is None:
+                    return
+                upload.write(piece.offset, piece.view)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            finished.put(None)
+
+    num_threads = min(upload.num_threads, writers.num_threads)
+    for _ in range(num_threads):
+        writers.put(write_pieces)
+    for _ in range(num_threads):
+        finished.get()
+    if errors:
+        raise errors[0]
+
+
+def _read_back(path: str, upload: Upload) -> None:
+    with upload.reader() as reader:
+        report = verify_reader(reader, path)
+    if not report.ok:
+        raise CorruptCheckpointError(f"{path}: what was written does not read back: {report.problems[0]}")
+
+
+def _describe(job: Job, error: OSError) -> CheckpointWriteError:
+    reason = error.strerror or str(error)
+    hint = _HINTS.get(error.errno or 0, "")
+    return CheckpointWriteError(f"{job.path} was not saved: {reason}{hint}", errno=error.errno)
+
+
+_HINTS = {
+    errno.ENOSPC: "; free some space, the next save tries again",
+    errno.EDQUOT: "; the quota is used up, the next save tries again once there is room",
+    errno.EACCES: "; the directory must be writable by this user",
+    errno.EROFS: "; the file system is mounted read-only",
+    errno.EISDIR: "; there is a directory at this path",
+    errno.ENOTDIR: "; a part of this path is a file",
+    errno.ENAMETOOLONG: "; shorten the file's name",
+}
+
+
+def forget_frames(error: BaseException) -> None:
+    """Clear the frames of a traceback: their locals hold the image."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        current = pending.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        traceback.clear_frames(current.__traceback__)
+        pending += (current.__cause__, current.__context__)

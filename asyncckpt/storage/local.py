@@ -1,0 +1,251 @@
+"""Files on a local (or locally mounted) file system.
+
+The commit: write a temporary file in the destination's own directory, held under flock by its writer; fsync it; rename
+it over the destination; fsync the directory. Data goes past the page cache (O_DIRECT) where the file system lets it:
+faster, and the cache stays the data loader's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import threading
+import weakref
+
+from asyncckpt.naming import is_temporary_name, temporary_name
+from asyncckpt.storage import system_calls
+from asyncckpt.storage.base import Reader, Storage, Upload
+
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
+_DIRECT_ALIGNMENT = 4096
+_PIECE_BYTES = 8 << 20
+_NUM_THREADS = 4
+
+
+class LocalStorage(Storage):
+    """The local file system. `direct=False` keeps to buffered writes."""
+
+    def __init__(self, *, direct: bool = True) -> None:
+        self._direct = direct and _O_DIRECT != 0
+
+    def begin(self, path: str, num_bytes: int) -> LocalUpload:
+        return LocalUpload(path, num_bytes, direct=self._direct)
+
+    def open(self, path: str) -> LocalReader:
+        fd = system_calls.open_file(path, os.O_RDONLY)
+        try:
+            return LocalReader(fd)
+        except BaseException:
+            system_calls.close(fd)
+            raise
+
+    def sweep(self, directory: str) -> list[str]:
+        try:
+            names = [name for name in system_calls.list_directory(directory) if is_temporary_name(name)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        paths = [os.path.join(directory, name) for name in names]
+        return [path for path in paths if _remove_if_dead(path)]
+
+
+class LocalUpload(Upload):
+    """A temporary file under its writer's lock."""
+
+    piece_bytes = _PIECE_BYTES
+    num_threads = _NUM_THREADS
+
+    def __init__(self, path: str, num_bytes: int, *, direct: bool) -> None:
+        self._path = path
+        self._num_bytes = num_bytes
+        self._directory = os.path.dirname(path)
+        _make_directories(self._directory)
+        self._lock = threading.Lock()
+        self._file, self._temporary = _create_locked(path)
+        self._direct_file = -1
+        _uploads.add(self)
+        try:
+            system_calls.allocate(self._file, num_bytes)
+            if direct:
+                self._direct_file = _open_direct(self._temporary)
+        except BaseException:
+            self.abort()
+            raise
+
+    def write(self, offset: int, view: memoryview) -> None:
+        direct_bytes = len(view) // _DIRECT_ALIGNMENT * _DIRECT_ALIGNMENT if self._can_write_direct(offset, view) else 0
+        if direct_bytes and not self._write_direct(offset, view[:direct_bytes]):
+            direct_bytes = 0
+        if direct_bytes < len(view):
+            _write_all(self._file, offset + direct_bytes, view[direct_bytes:])
+
+    def _can_write_direct(self, offset: int, view: memoryview) -> bool:
+        if self._direct_file == -1 or offset % _DIRECT_ALIGNMENT or view.readonly or len(view) < _DIRECT_ALIGNMENT:
+            return False
+        return ctypes.addressof(ctypes.c_char.from_buffer(view)) % _DIRECT_ALIGNMENT == 0
+
+    def _write_direct(self, offset: int, view: memoryview) -> bool:
+        """False when the file system refuses unbuffered writes after all; from then on they are buffered."""
+        try:
+            _write_all(self._direct_file, offset, view)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._direct_file_refused()
+            return False
+        return True
+
+    def _direct_file_refused(self) -> None:
+        with self._lock:  # other threads may still be using the descriptor: it is closed with the upload
+            self._refused_file, self._direct_file = self._direct_file, -1
+
+    _refused_file = -1
+
+    def sync(self) -> None:
+        system_calls.fsync(self._file)
+
+    def reader(self) -> LocalReader:
+        return LocalReader(system_calls.open_file(self._temporary, os.O_RDONLY))
+
+    def commit(self) -> None:
+        if system_calls.fstat(self._file).st_size != self._num_bytes:
+            raise OSError(errno.EIO, "the temporary file changed size before it was committed")
+        system_calls.rename(self._temporary, self._path)
+        self._temporary = ""
+        sync_directory(self._directory)
+        self.close_descriptors()
+
+    def abort(self) -> None:
+        if self._temporary:
+            with contextlib.suppress(OSError):
+                system_calls.unlink(self._temporary)
+            self._temporary = ""
+        self.close_descriptors()
+
+    def close_descriptors(self) -> None:
+        """Close what is open; the last one gives up the lock. A forked child does only this."""
+        for name in ("_direct_file", "_refused_file", "_file"):
+            fd = getattr(self, name)
+            setattr(self, name, -1)
+            if fd != -1:
+                with contextlib.suppress(OSError):
+                    system_calls.close(fd)
+
+
+class LocalReader(Reader):
+    """An open file; `fd` may be used to open it again by `/proc/self/fd`."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.num_bytes = system_calls.fstat(fd).st_size
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        position = 0
+        while position < len(view):
+            count = system_calls.pread_into(self.fd, view[position:], offset + position)
+            if count == 0:
+                raise EOFError(f"the file ends at byte {offset + position}")
+            position += count
+
+    def close(self) -> None:
+        if self.fd != -1:
+            system_calls.close(self.fd)
+            self.fd = -1
+
+
+def sync_directory(path: str) -> None:
+    """Make the directory's entries durable."""
+    fd = system_calls.open_file(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        system_calls.fsync(fd)
+    finally:
+        system_calls.close(fd)
+
+
+def _make_directories(path: str) -> None:
+    """Make what is missing, each level durable in its parent before anything is put in it."""
+    try:
+        system_calls.stat(path)
+    except FileNotFoundError:
+        parent = os.path.dirname(path)
+        _make_directories(parent)
+        with contextlib.suppress(FileExistsError):  # another rank was faster
+            system_calls.make_directory(path)
+        sync_directory(parent)
+
+
+def _create_locked(path: str) -> tuple[int, str]:
+    """Create a temporary file beside `path` and lock it, so that it counts as alive as long as we do."""
+    while True:
+        temporary = os.path.join(os.path.dirname(path), temporary_name(secrets.token_hex(8), os.path.basename(path)))
+        fd = system_calls.open_file(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            # A sweeper may see the file before it is locked: then it is gone, or about to be. Take another name.
+            if _lock_if_supported(fd) and system_calls.fstat(fd).st_nlink > 0:
+                return fd, temporary
+        except BaseException:
+            system_calls.close(fd)
+            with contextlib.suppress(OSError):
+                system_calls.unlink(temporary)
+            raise
+        system_calls.close(fd)
+
+
+def _lock_if_supported(fd: int) -> bool:
+    try:
+        return system_calls.try_lock(fd)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            return True  # a network file system without locks: the sweeper can't lock it either, and leaves it alone
+        raise
+
+
+def _open_direct(path: str) -> int:
+    try:
+        return system_calls.open_file(path, os.O_RDWR | _O_DIRECT)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return -1
+        raise
+
+
+def _write_all(fd: int, offset: int, view: memoryview) -> None:
+    position = 0
+    while position < len(view):
+        count = system_calls.pwrite(fd, view[position:], offset + position)
+        if count == 0:
+            raise OSError(errno.EIO, "the file system wrote nothing and gave no error")
+        position += count
+
+
+def _remove_if_dead(path: str) -> bool:
+    """Remove a temporary file whose lock is free. It is removed while locked, so its writer can't come back."""
+    try:
+        fd = system_calls.open_file(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        if not system_calls.try_lock(fd):
+            return False
+        there, mine = system_calls.stat(path), system_calls.fstat(fd)
+        if (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
+            return False
+        system_calls.unlink(path)
+    except OSError:
+        return False
+    finally:
+        system_calls.close(fd)
+    return True
+
+
+_uploads: weakref.WeakSet[LocalUpload] = weakref.WeakSet()
+
+
+def _close_uploads_in_child() -> None:
+    for upload in list(_uploads):
+        upload.close_descriptors()
+
+
+os.register_at_fork(after_in_child=_close_uploads_in_child)
