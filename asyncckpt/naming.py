@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _TEMPORARY_NAME = re.compile(r"\.asyncckpt-[0-9a-f]{16}-.*\.tmp", re.DOTALL)
-_MAX_NAME_BYTES = 255  # NAME_MAX on every file system we know
+_MAX_NAME_BYTES = 143  # NAME_MAX of eCryptfs, the least we know
 
 
 def temporary_name(attempt: str, name: str) -> str:

@@ -20,17 +20,23 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from asyncckpt.errors import TornSnapshotError
 from asyncckpt.image.plan import Plan
-from asyncckpt.image.staging import StorageCopies
+from asyncckpt.image.staging import StorageCopies, find_torn
+from asyncckpt.records import Timings
 
 
 class LateStaging:
-    """The late part of one overlapped snapshot; pending from construction until `release`."""
+    """The late part of one overlapped snapshot; the fence stands from construction until `finish` returns."""
 
-    def __init__(self, copies: StorageCopies, storages: frozenset[int]) -> None:
-        self.copies = copies
-        self.fence_secs = 0.0
-        self._storages = storages
+    def __init__(self, copies: StorageCopies, versions: Sequence[tuple[torch.Tensor, int]], timings: Timings) -> None:
+        self._timings = timings
+        self._copies = copies
+        self._versions = versions
+        self._storages = frozenset(tensor.untyped_storage()._cdata for tensor, _ in versions)
+        self._torn: TornSnapshotError | None = None
+        self._passed = threading.Lock()  # guards the two: the first to pass the fence looks for torn tensors
+        self._checked = False
         self._done = threading.Event()
         with _lock:
             _pending.append(self)
@@ -39,31 +45,56 @@ class LateStaging:
         return any(tensor.untyped_storage()._cdata in self._storages for tensor in _optimizer_tensors(optimizer))
 
     def hold(self) -> None:
-        """Keep the caller from writing before the copies are done: on the device where it can be, else by waiting."""
-        self.copies.wait_on_devices()
-        if self.copies.needs_host:
+        """Keep the caller from writing before the copies are made.
+
+        Device memory: the device is made to wait, the CPU goes on (so versions are compared now, before they change).
+        Host memory: the caller waits.
+        """
+        self._check()
+        self._copies.wait_on_devices()
+        if self._copies.needs_host:
             started = time.perf_counter()
             self._done.wait()
-            self.fence_secs += time.perf_counter() - started
+            self._timings.fence_secs += time.perf_counter() - started
 
-    def release(self) -> None:
-        """Open the fence: the copies are done, or given up."""
-        with _lock:
-            if self in _pending:
-                _pending.remove(self)
-        self._done.set()
+    def finish(self) -> None:
+        """Make the copies, then open the fence. Blocks, without the GIL; raises `TornSnapshotError`."""
+        try:
+            self._copies.finish()
+            self._check()
+        finally:
+            with _lock:
+                if self in _pending:
+                    _pending.remove(self)
+            self._done.set()
+        if self._torn is not None:
+            raise self._torn
+
+    def _check(self) -> None:
+        with self._passed:
+            if not self._checked or self._copies.needs_host:
+                self._checked = True
+                self._torn = self._torn or find_torn(self._versions)
 
 
-def late_keys(plan: Plan, optimizers: Sequence[Any]) -> tuple[set[int], frozenset[int]]:
-    """The keys, and the identities, of the storages on which every tensor belongs to the optimizers.
+def late_keys(plan: Plan, optimizers: Sequence[Any]) -> set[int]:
+    """The keys of the storages on which every tensor belongs to the optimizers.
 
     Everything else (buffers, averaged weights, frozen weights, generators) may be written by forward passes or the
     user, so it is copied at once.
     """
     regions = {_region(tensor) for optimizer in optimizers for tensor in _optimizer_tensors(optimizer)}
-    keys = {key for key, views in plan.views.items() if all(_region(view) in regions for view in views)}
-    identities = frozenset(plan.views[key][0].untyped_storage()._cdata for key in keys)
-    return keys, identities
+    return {key for key, views in plan.views.items() if all(_region(view) in regions for view in views)}
+
+
+def split_versions(plan: Plan, late: set[int]) -> tuple[list[tuple[torch.Tensor, int]], list[tuple[torch.Tensor, int]]]:
+    """The tensors of the plan, with their versions: those that are copied at once, those that are late."""
+    identities = {plan.views[key][0].untyped_storage()._cdata for key in late}
+    parts: tuple[list[tuple[torch.Tensor, int]], list[tuple[torch.Tensor, int]]] = ([], [])
+    for tensor, version in plan.versions:
+        is_late = bool(late) and _is_plain(tensor) and tensor.untyped_storage()._cdata in identities
+        parts[is_late].append((tensor, version))
+    return parts
 
 
 def why_not_overlap(optimizers: Sequence[Any], modules: Sequence[torch.nn.Module]) -> str | None:
@@ -83,7 +114,11 @@ def why_not_overlap(optimizers: Sequence[Any], modules: Sequence[torch.nn.Module
 
 
 def guard(optimizers: Sequence[Any], modules: Sequence[torch.nn.Module]) -> None:
-    """Make `load_state_dict` of these wait for pending snapshots too. Cheap when repeated."""
+    """Put the fence up: before every step from now on, and before `load_state_dict` of these. Cheap when repeated."""
+    global _step_is_hooked
+    if not _step_is_hooked:
+        _step_is_hooked = True
+        register_optimizer_step_pre_hook(_before_step)
     for optimizer in optimizers:
         if isinstance(optimizer, Optimizer) and optimizer not in _guarded:
             _guarded.add(optimizer)
@@ -91,12 +126,13 @@ def guard(optimizers: Sequence[Any], modules: Sequence[torch.nn.Module]) -> None
     for module in modules:
         if module not in _guarded:
             _guarded.add(module)
-            module.register_load_state_dict_pre_hook(_before_module_load)  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_pre_hook(_before_module_load)
 
 
 _lock = threading.Lock()
 _pending: list[LateStaging] = []
 _guarded: weakref.WeakSet[Any] = weakref.WeakSet()
+_step_is_hooked = False
 
 
 def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -122,7 +158,6 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 # Marked by hand: torch.compiler.disable would import all of dynamo, seconds of it, for a hook that never needs it.
 _before_step._torchdynamo_disable = True  # type: ignore[attr-defined]
-register_optimizer_step_pre_hook(_before_step)
 
 
 def _optimizer_tensors(optimizer: Any) -> Iterator[torch.Tensor]:

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from asyncckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, UnsafeCheckpointError
-from asyncckpt.image.verify import default_num_threads, read_archive, verify_reader
+from asyncckpt.image.verify import default_num_threads, verify_reader
 from asyncckpt.records import VerifyReport
 from asyncckpt.storage.base import Reader
 from asyncckpt.storage.local import LocalReader, LocalStorage
@@ -24,6 +25,8 @@ MapLocation = Callable[[Any, str], Any] | torch.device | str | dict[str, str] | 
 
 # What torch.save(..., _use_new_zipfile_serialization=False) writes first: a pickled magic number.
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+_OUT_OF_MEMORY = re.compile("DefaultCPUAllocator|[Cc]annot allocate|unable to mmap|out of memory")
 
 
 def load(
@@ -48,7 +51,7 @@ def load(
     name = local_path(path)
     with contextlib.closing(_open(name)) as reader:
         is_zip = _check(reader, name)
-        with _private_mapping(), _clear_errors(name):
+        with _private_mapping(), _clear_errors(name, map_location, weights_only=weights_only):
             return torch.load(
                 _descriptor_path(reader, name),
                 map_location=map_location,
@@ -79,12 +82,12 @@ def local_path(path: str | os.PathLike[str]) -> str:
 
 
 def _open(path: str) -> LocalReader:
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for its writer
+        raise CorruptCheckpointError(f"{path} is a directory or a device, not a checkpoint file")
     try:
         return LocalStorage().open(path)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFoundError(f"there is no checkpoint at {path}") from error
-    except IsADirectoryError as error:
-        raise CorruptCheckpointError(f"{path} is a directory, not a checkpoint file") from error
 
 
 def _check(reader: Reader, path: str) -> bool:
@@ -94,9 +97,6 @@ def _check(reader: Reader, path: str) -> bool:
     if bytes(start) == _LEGACY_MAGIC:
         warnings.warn(f"{path} is in torch's legacy format, which has no checksums: loaded unverified", stacklevel=3)
         return False
-    archive = read_archive(reader, path)
-    if archive.find("data.pkl") is None:
-        raise CorruptCheckpointError(f"{path} is a zip archive, but not a checkpoint: it has no record data.pkl")
     report = verify_reader(reader, path, num_threads=default_num_threads())
     if not report.ok:
         more = f" (and {len(report.problems) - 1} more problems)" if len(report.problems) > 1 else ""
@@ -109,26 +109,56 @@ def _descriptor_path(reader: LocalReader, path: str) -> str:
     return f"/proc/self/fd/{reader.fd}" if sys.platform == "linux" else path
 
 
+_mapping_lock = threading.Lock()
+_num_loading = 0
+_mapping_before = mmap_module.MAP_PRIVATE
+
+
 @contextlib.contextmanager
 def _private_mapping() -> Iterator[None]:
-    """torch maps as a process-wide option says; shared, a write to a loaded tensor would change the file."""
-    if torch.serialization.get_default_mmap_options() == mmap_module.MAP_PRIVATE:
+    """torch maps as a process-wide option says; shared, a write to a loaded tensor would change the file.
+
+    Loads may run side by side: the first one in sets the option, the last one out sets it back.
+    """
+    global _num_loading, _mapping_before
+    with _mapping_lock:
+        if _num_loading == 0:
+            _mapping_before = torch.serialization.get_default_mmap_options()
+            _set_mapping(mmap_module.MAP_PRIVATE)
+        _num_loading += 1
+    try:
         yield
-    else:
-        with torch.serialization.set_default_mmap_options(mmap_module.MAP_PRIVATE):
-            yield
+    finally:
+        with _mapping_lock:
+            _num_loading -= 1
+            if _num_loading == 0:
+                _set_mapping(_mapping_before)
+
+
+def _set_mapping(flags: int) -> None:
+    if torch.serialization.get_default_mmap_options() != flags:
+        torch.serialization.set_default_mmap_options(flags)
 
 
 @contextlib.contextmanager
-def _clear_errors(path: str) -> Iterator[None]:
+def _clear_errors(path: str, map_location: MapLocation, *, weights_only: bool) -> Iterator[None]:
+    """Say what torch's errors mean. Errors of the caller's own code (classes, `map_location`) pass as they are."""
+    only_file_to_blame = weights_only and map_location in ("cpu", "meta", torch.device("cpu"), torch.device("meta"))
     try:
         yield
     except pickle.UnpicklingError as error:
+        if not weights_only:
+            raise CorruptCheckpointError(f"{path} holds a pickle that makes no sense: {error}") from error
         named = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-        what = f"it refers to {named[1]}" if named else str(error).splitlines()[-1]
+        reason = re.search(r"WeightsUnpickler error: (.+)", str(error))
+        what = f"it refers to {named[1]}" if named else reason[1] if reason else str(error).splitlines()[0]
         raise UnsafeCheckpointError(
             f"{path} was not loaded, because it could run code: {what}. If you trust its author, allow that class with "
             "torch.serialization.add_safe_globals, or pass weights_only=False"
         ) from error
-    except (EOFError, IndexError, KeyError, AttributeError, UnicodeDecodeError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        if not only_file_to_blame or _OUT_OF_MEMORY.search(str(error)):
+            raise
         raise CorruptCheckpointError(f"{path} holds a pickle that makes no sense: {error!r}") from error

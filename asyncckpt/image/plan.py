@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 import torch
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.storage import TypedStorage, UntypedStorage
 
 from asyncckpt.errors import UnsupportedStateError
@@ -31,6 +32,7 @@ SERIALIZATION_ID_BYTES = 40
 _STORAGE_CLASSES: frozenset[type] = frozenset(torch._storage_classes)
 _GLOBAL_TYPES = (type, types.FunctionType, types.BuiltinFunctionType)
 _NO_DIGEST = "0" * 64
+_MAX_PATH_CHARS = 400
 
 
 @dataclass
@@ -133,11 +135,11 @@ class _StatePickler(pickle.Pickler):
             return None
         if isinstance(obj, TypedStorage):
             storage, dtype = obj._untyped_storage, obj.dtype
-            storage_type = getattr(torch, obj._pickle_storage_type())  # type: ignore[no-untyped-call]
-            numel = obj._size()  # type: ignore[no-untyped-call]
+            storage_type = getattr(torch, obj._pickle_storage_type())
+            numel = obj._size()
         else:
             storage, dtype = obj, torch.uint8
-            storage_type = torch.serialization.normalize_storage_type(kind)  # type: ignore[no-untyped-call]
+            storage_type = torch.serialization.normalize_storage_type(kind)
             numel = storage.nbytes()
         key = self._add_storage(storage, dtype)
         self.views.pop(key, None)
@@ -157,7 +159,8 @@ class _StatePickler(pickle.Pickler):
             if not obj and not obj.__dict__:
                 return OrderedDict, ()
         elif isinstance(obj, torch.Tensor):
-            if not obj.is_inference():
+            # A lazy module's parameter has no data yet, and refuses to be asked about it.
+            if not isinstance(obj, UninitializedTensorMixin) and not obj.is_inference():
                 self.versions.append((obj, obj._version))
         elif isinstance(obj, _GLOBAL_TYPES):
             self.globals.add(f"{obj.__module__}.{obj.__qualname__}")
@@ -192,6 +195,8 @@ class _StatePickler(pickle.Pickler):
         identity = storage._cdata
         key = self._keys.get(identity)
         if key is None:
+            if storage.device.type == "meta":
+                raise UnsupportedStateError("a storage on the meta device holds no data")
             if storage.device not in self._locations:
                 self._locations[storage.device] = torch.serialization.location_tag(storage)
             key = len(self.storages)
@@ -206,7 +211,7 @@ class _StatePickler(pickle.Pickler):
 
     def _check_dtype(self, storage: UntypedStorage, dtype: torch.dtype) -> None:
         """The format names one dtype per storage, so a second one would load wrong: torch.save refuses it too."""
-        if storage.device.type == "meta" or storage.data_ptr() == 0:
+        if storage.data_ptr() == 0:
             return
         known = self._dtype_at_address.setdefault(storage.data_ptr(), dtype)
         if known is not dtype:
@@ -241,6 +246,8 @@ def _plain_storage_type(tensor: torch.Tensor) -> type | None:
 def _explain(state: object, error: Exception) -> UnsupportedStateError:
     """Find the innermost element that can't be pickled, and name its path."""
     path, culprit = _innermost(state, "state")
+    if len(path) > _MAX_PATH_CHARS:
+        path = f"{path[: _MAX_PATH_CHARS // 2]} … {path[-_MAX_PATH_CHARS // 2 :]}"
     return UnsupportedStateError(
         f"{path} can't be saved: {error} (it is a {type(culprit).__module__}.{type(culprit).__qualname__}); "
         "remove it from the state, or save its state_dict() in its place"
@@ -248,13 +255,21 @@ def _explain(state: object, error: Exception) -> UnsupportedStateError:
 
 
 def _innermost(value: object, path: str) -> tuple[str, object]:
+    """Descend into the first child that fails after all that comes before it: two views may be fine one by one."""
+    before: list[object] = []
     visited: set[int] = set()
     while id(value) not in visited:
         visited.add(id(value))
-        for child_path, child in _children(value, path):
-            if not _can_pickle(child):
+        children = _children(value, path)
+        pickler = _StatePickler(io.BytesIO())
+        pickler.dump(before)
+        for child_path, child in children:
+            try:
+                pickler.dump(child)
+            except Exception:
                 path, value = child_path, child
                 break
+            before.append(child)
         else:
             break
     return path, value
@@ -273,10 +288,3 @@ def _children(value: object, path: str) -> list[tuple[str, object]]:
         return [(f"{path}.{name}", child) for name, child in attributes.items()]
     return []
 
-
-def _can_pickle(value: object) -> bool:
-    try:
-        _StatePickler(io.BytesIO()).dump(value)
-    except Exception:
-        return False
-    return True

@@ -14,7 +14,7 @@ from asyncckpt.image import fence
 from asyncckpt.image.arena import Arena, ArenaPool
 from asyncckpt.image.checksum import ImageSource, StagedImage
 from asyncckpt.image.plan import Plan
-from asyncckpt.image.staging import StorageCopies, check_versions, stage_contents, warm
+from asyncckpt.image.staging import StorageCopies, find_torn, stage_contents, warm
 from asyncckpt.image.streaming import StreamedImage
 from asyncckpt.records import Timings
 
@@ -75,33 +75,31 @@ class Snapshotter:
         `on_staged` is called once nothing of the live state is needed any more, on whichever thread that happens.
         """
         started = time.perf_counter()
-        late_keys, identities = self._late(plan, optimizers, modules)
+        late_keys = self._late_keys(plan, optimizers, modules)
+        versions, late_versions = fence.split_versions(plan, late_keys)
         arena = self._pool.acquire(plan.layout.num_bytes)
         try:
             stage_contents(plan, arena.buffer)
-            at_once = StorageCopies(plan, arena, set(range(len(plan.storages))) - late_keys)
             late = StorageCopies(plan, arena, late_keys)
             late.start()
+            at_once = StorageCopies(plan, arena, set(range(len(plan.storages))) - late_keys)
             at_once.start()
             at_once.finish()
             arena.used_bytes = max(arena.used_bytes, plan.layout.num_bytes)
+            if (torn := find_torn(versions)) is not None:
+                raise torn
         except BaseException:
             self._pool.release(arena)
             raise
         snapshot = Snapshot(self._pool, arena, StagedImage(plan.layout, arena.buffer))
         if late_keys:
             fence.guard(optimizers, modules)
-            staging = fence.LateStaging(late, identities)
-            self._run_in_background(lambda: _finish(snapshot, plan, staging, timings, started, on_staged))
-            return snapshot
-        try:
-            check_versions(plan)
-        except BaseException:
-            snapshot.release()
-            raise
-        timings.stage_secs = time.perf_counter() - started
-        snapshot.complete()
-        on_staged()
+            staging = fence.LateStaging(late, late_versions, timings)
+            self._run_in_background(lambda: _finish(snapshot, staging, timings, started, on_staged))
+        else:
+            timings.stage_secs = time.perf_counter() - started
+            snapshot.complete()
+            on_staged()
         return snapshot
 
     def stream(self, plan: Plan, num_bytes: int) -> Snapshot:
@@ -123,21 +121,18 @@ class Snapshotter:
         """Give all memory back, what is still lent as it returns."""
         self._pool.close()
 
-    def _late(
-        self, plan: Plan, optimizers: Sequence[Any], modules: Sequence[torch.nn.Module]
-    ) -> tuple[set[int], frozenset[int]]:
+    def _late_keys(self, plan: Plan, optimizers: Sequence[Any], modules: Sequence[torch.nn.Module]) -> set[int]:
         if self._mode == "copy" or not optimizers:
-            return set(), frozenset()
+            return set()
         reason = fence.why_not_overlap(optimizers, modules)
         if reason is not None:
             warnings.warn(f"snapshot='overlap' fell back to 'copy' for this save: {reason}", stacklevel=5)
-            return set(), frozenset()
+            return set()
         return fence.late_keys(plan, optimizers)
 
 
 def _finish(
     snapshot: Snapshot,
-    plan: Plan,
     staging: fence.LateStaging,
     timings: Timings,
     started: float,
@@ -146,13 +141,9 @@ def _finish(
     """The background part of an overlapped snapshot."""
     error: BaseException | None = None
     try:
-        staging.copies.finish()
-        check_versions(plan)
+        staging.finish()
     except BaseException as caught:
         error = caught
-    finally:
-        staging.release()
     timings.stage_secs = time.perf_counter() - started
-    timings.fence_secs = staging.fence_secs
     snapshot.complete(error)
     on_staged()

@@ -25,7 +25,7 @@ from asyncckpt.storage.base import Reader
 READ_BYTES = 4 << 20  # fits the second-level cache: the checksum then runs at its speed
 _MAX_PROBLEMS = 20
 _MAX_METADATA_BYTES = 16 << 20
-_MAX_COMMENT_BYTES = 0xFFFF
+_MAX_FIELD_BYTES = 0xFFFF  # of a name, an extra field, a comment
 _LOCAL_HEADER = struct.Struct("<IHHHHHIIIHH")
 _CENTRAL_HEADER = struct.Struct("<IHHHHHHIIIHHHHHII")
 _ZIP64_END = struct.Struct("<IQHHIIQQQQ")
@@ -66,12 +66,14 @@ def verify_reader(reader: Reader, path: str, *, num_threads: int = 1) -> VerifyR
     `num_threads=1` starts no thread, so that it works at interpreter exit.
     """
     try:
-        archive = read_archive(reader, path)
+        archive = read_archive(reader)
         metadata = _read_metadata(reader, archive)
         layout = _our_layout(archive) if metadata is not None else None
     except CorruptCheckpointError as error:
         return VerifyReport(path, reader.num_bytes, 0, (str(error),), None)
     problems: list[str] = []
+    if archive.find("data.pkl") is None:
+        problems.append("it is a zip archive, but not a checkpoint: it has no record data.pkl")
     if layout is not None and archive.directory != central_directory(layout, [entry.crc for entry in archive.entries]):
         problems.append("the central directory is damaged")
     checker = _Checker(reader, archive, layout)
@@ -91,54 +93,62 @@ def default_num_threads() -> int:
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def read_archive(reader: Reader, path: str) -> Archive:
-    """Parse the central directory. Raises `CorruptCheckpointError` for anything but a well-formed archive."""
+def read_archive(reader: Reader) -> Archive:
+    """Parse the central directory.
+
+    Raises `CorruptCheckpointError` for anything but a well-formed archive; the message leaves the path to the caller.
+    """
     size = reader.num_bytes
     if size == 0:
-        raise CorruptCheckpointError(f"{path} is empty")
-    directory_offset, directory_bytes, num_records = _find_directory(reader, path)
-    if directory_offset + directory_bytes > size or num_records * _CENTRAL_HEADER.size > directory_bytes:
-        raise CorruptCheckpointError(f"{path} is damaged: its directory does not fit into the file")
-    directory = _read(reader, directory_offset, size - directory_offset, path)
-    entries = sorted(_parse_entries(directory, num_records, path), key=lambda entry: entry.header_offset)
-    _check_places(entries, directory_offset, path)
+        raise CorruptCheckpointError("it is empty")
+    directory_offset, directory_bytes, num_records = _find_directory(reader)
+    # Not a byte may be read on the word of a damaged number: it could be the whole file, or more than the memory.
+    least, most = num_records * _CENTRAL_HEADER.size, num_records * (_CENTRAL_HEADER.size + 3 * _MAX_FIELD_BYTES)
+    end_bytes = size - directory_offset - directory_bytes
+    most_end_bytes = _ZIP64_END.size + _ZIP64_LOCATOR.size + _END.size + _MAX_FIELD_BYTES
+    if not (least <= directory_bytes <= most and _END.size <= end_bytes <= most_end_bytes):
+        raise CorruptCheckpointError("its directory does not fit into the file")
+    directory = _read(reader, directory_offset, size - directory_offset, "its directory")
+    entries = list(_parse_entries(directory[:directory_bytes], num_records))
+    entries.sort(key=lambda entry: entry.header_offset)
+    _check_places(entries, directory_offset)
     return Archive(entries, directory_offset, directory)
 
 
-def _find_directory(reader: Reader, path: str) -> tuple[int, int, int]:
+def _find_directory(reader: Reader) -> tuple[int, int, int]:
     """Offset, bytes and number of records of the central directory."""
     size = reader.num_bytes
-    tail_bytes = min(size, _END.size + _MAX_COMMENT_BYTES + _ZIP64_LOCATOR.size)
-    tail = _read(reader, size - tail_bytes, tail_bytes, path)
+    tail_bytes = min(size, _END.size + _MAX_FIELD_BYTES + _ZIP64_LOCATOR.size)
+    tail = _read(reader, size - tail_bytes, tail_bytes, "its end")
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or at + _END.size > len(tail):
-        starts_as_zip = _read(reader, 0, min(4, size), path) == b"PK\x03\x04"
+        starts_as_zip = _read(reader, 0, min(4, size), "its start") == b"PK\x03\x04"
         reason = "its end is missing, so it was truncated" if starts_as_zip else "it is not a torch zip archive"
-        raise CorruptCheckpointError(f"{path} is not a whole checkpoint: {reason}")
+        raise CorruptCheckpointError(reason)
     _, _, _, _, num_records, directory_bytes, offset, _ = _END.unpack_from(tail, at)
     locator_at = at - _ZIP64_LOCATOR.size
     if locator_at >= 0 and tail[locator_at : locator_at + 4] == b"PK\x06\x07":
         _, _, end_offset, _ = _ZIP64_LOCATOR.unpack_from(tail, locator_at)
         if end_offset + _ZIP64_END.size > size:
-            raise CorruptCheckpointError(f"{path} is damaged: its zip64 end record lies outside the file")
-        end = _ZIP64_END.unpack(_read(reader, end_offset, _ZIP64_END.size, path))
+            raise CorruptCheckpointError("its zip64 end record lies outside the file")
+        end = _ZIP64_END.unpack(_read(reader, end_offset, _ZIP64_END.size, "its zip64 end record"))
         if end[0] != 0x06064B50:
-            raise CorruptCheckpointError(f"{path} is damaged: it has no zip64 end record where its locator says")
+            raise CorruptCheckpointError("it has no zip64 end record where its locator says")
         num_records, directory_bytes, offset = end[7], end[8], end[9]
     return offset, directory_bytes, num_records
 
 
-def _parse_entries(directory: bytes, num_records: int, path: str) -> Iterator[Entry]:
+def _parse_entries(directory: bytes, num_records: int) -> Iterator[Entry]:
     position = 0
     for index in range(num_records):
         if position + _CENTRAL_HEADER.size > len(directory):
-            raise CorruptCheckpointError(f"{path} is damaged: its directory ends within record {index}")
+            raise CorruptCheckpointError(f"its directory ends within record {index}")
         fields = _CENTRAL_HEADER.unpack_from(directory, position)
         signature, method, crc, compressed, num_bytes = fields[0], fields[4], *fields[7:10]
         name_bytes, extra_bytes, comment_bytes, header_offset = *fields[10:13], fields[16]
         start = position + _CENTRAL_HEADER.size
         if signature != 0x02014B50 or start + name_bytes + extra_bytes > len(directory):
-            raise CorruptCheckpointError(f"{path} is damaged: directory entry {index} is not one")
+            raise CorruptCheckpointError(f"directory entry {index} is not one")
         name = directory[start : start + name_bytes].decode("utf-8", "backslashreplace")
         extra = directory[start + name_bytes : start + name_bytes + extra_bytes]
         wide = _wide_fields(extra)
@@ -149,9 +159,11 @@ def _parse_entries(directory: bytes, num_records: int, path: str) -> Iterator[En
         if header_offset == _MAX32:
             header_offset = next(wide, header_offset)
         if method != 0 or compressed != num_bytes:
-            raise CorruptCheckpointError(f"{path}: record {name} is compressed, which torch never writes")
+            raise CorruptCheckpointError(f"record {name} is compressed, which torch never writes")
         yield Entry(name, header_offset, num_bytes, crc)
         position = start + name_bytes + extra_bytes + comment_bytes
+    if position != len(directory):
+        raise CorruptCheckpointError(f"its directory holds more than its {num_records} records")
 
 
 def _wide_fields(extra: bytes) -> Iterator[int]:
@@ -165,15 +177,15 @@ def _wide_fields(extra: bytes) -> Iterator[int]:
         position += 4 + length
 
 
-def _check_places(entries: Sequence[Entry], directory_offset: int, path: str) -> None:
+def _check_places(entries: Sequence[Entry], directory_offset: int) -> None:
     """No record may lie outside the file, over another one, or under another one's name."""
     if len({entry.name for entry in entries}) != len(entries):
-        raise CorruptCheckpointError(f"{path} is damaged: two records have one name")
+        raise CorruptCheckpointError("two records have one name")
     ends = [*entries[1:], Entry("", directory_offset, 0, 0)]
     for entry, following in zip(entries, ends, strict=True):
         least = entry.header_offset + _LOCAL_HEADER.size + entry.num_bytes
         if least > following.header_offset:
-            raise CorruptCheckpointError(f"{path} is damaged: record {entry.name} reaches over what follows it")
+            raise CorruptCheckpointError(f"record {entry.name} reaches over what follows it")
 
 
 def _read_metadata(reader: Reader, archive: Archive) -> Mapping[str, object] | None:
@@ -183,12 +195,12 @@ def _read_metadata(reader: Reader, archive: Archive) -> Mapping[str, object] | N
         return None
     if entry.num_bytes > _MAX_METADATA_BYTES:
         raise CorruptCheckpointError(f"record {entry.name} is too large to be metadata")
-    header = _LOCAL_HEADER.unpack(_read(reader, entry.header_offset, _LOCAL_HEADER.size, entry.name))
+    header = _LOCAL_HEADER.unpack(_read(reader, entry.header_offset, _LOCAL_HEADER.size, f"record {entry.name}"))
     offset = entry.header_offset + _LOCAL_HEADER.size + header[9] + header[10]
-    content = _read(reader, offset, entry.num_bytes, entry.name)
+    content = _read(reader, offset, entry.num_bytes, f"record {entry.name}")
     try:
         return msgspec.json.decode(content, type=dict[str, object])
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptCheckpointError(f"record {entry.name} is not valid metadata: {error}") from error
 
 
@@ -242,7 +254,7 @@ class _Checker:
             if span.stop:
                 return self._check_part(span, memoryview(buffer))
             return list(self._check_records(span))
-        except EOFError as error:
+        except (EOFError, CorruptCheckpointError) as error:  # the file shrank while it was read
             return [f"record {self._archive.entries[span.first].name}: {error}"]
         finally:
             self._buffers.append(buffer)
@@ -263,7 +275,11 @@ class _Checker:
     def _check_records(self, span: _Span) -> Iterator[str]:
         entries = self._archive.entries[span.first : span.last]
         start = entries[0].header_offset
-        stop = self._end_of(span.last - 1)
+        # Not all the way to the next record: the gap may be gigabytes if the directory lies about a size.
+        most_header_bytes = _LOCAL_HEADER.size + 2 * _MAX_FIELD_BYTES
+        stop = min(
+            self._end_of(span.last - 1), entries[-1].header_offset + most_header_bytes + entries[-1].num_bytes
+        )
         data = memoryview(_read(self._reader, start, stop - start, entries[0].name))
         for index, entry in enumerate(entries, span.first):
             header_at = entry.header_offset - start
@@ -279,7 +295,7 @@ class _Checker:
 
     def _check_part(self, span: _Span, buffer: memoryview) -> list[str]:
         entry = self._archive.entries[span.first]
-        probe_bytes = min(_LOCAL_HEADER.size + 2 * 0xFFFF, self._end_of(span.first) - entry.header_offset)
+        probe_bytes = min(_LOCAL_HEADER.size + 2 * _MAX_FIELD_BYTES, self._end_of(span.first) - entry.header_offset)
         header = memoryview(_read(self._reader, entry.header_offset, probe_bytes, entry.name))
         payload_at = self._payload_offset(entry, header)
         if payload_at is None or entry.header_offset + payload_at + entry.num_bytes > self._end_of(span.first):

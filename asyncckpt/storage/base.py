@@ -34,7 +34,10 @@ class Upload(ABC):
 
     @abstractmethod
     def commit(self) -> None:
-        """Make the file visible at its path, replacing what was there, in one act; durable on return. Blocks."""
+        """Make the synced file visible at its path, replacing what was there, in one act; durable on return. Blocks.
+
+        After an OSError the path holds the old file or the new one, each whole; the new one may not be durable.
+        """
 
     @abstractmethod
     def abort(self) -> None:
@@ -75,11 +78,12 @@ class Storage(ABC):
 
     @abstractmethod
     def open(self, path: str) -> Reader:
-        """Open a committed file. Raises FileNotFoundError when there is none."""
+        """Open a committed file. Raises FileNotFoundError when there is none, IsADirectoryError for a directory."""
 
     @abstractmethod
     def sweep(self, directory: str) -> list[str]:
         """Remove what dead writers left half-written in `directory`, and return the paths.
 
-        Uploads that are still alive, in this process or any other, and files of other programs are never touched.
+        Uploads that are still alive, in this process or any other, and files of other programs are never touched. What
+        can't be listed or removed is left for the next sweep. Blocks.
         """

@@ -12,17 +12,20 @@ import ctypes
 import errno
 import os
 import secrets
-import threading
+import stat
 import weakref
+from collections.abc import Iterator
 
 from asyncckpt.naming import is_temporary_name, temporary_name
 from asyncckpt.storage import system_calls
 from asyncckpt.storage.base import Reader, Storage, Upload
 
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
+_O_NONBLOCK = os.O_NONBLOCK  # of no effect on files
 _DIRECT_ALIGNMENT = 4096
 _PIECE_BYTES = 8 << 20
 _NUM_THREADS = 4
+_MAX_NAMES_TRIED = 100
 
 
 class LocalStorage(Storage):
@@ -32,20 +35,15 @@ class LocalStorage(Storage):
         self._direct = direct and _O_DIRECT != 0
 
     def begin(self, path: str, num_bytes: int) -> LocalUpload:
-        return LocalUpload(path, num_bytes, direct=self._direct)
+        return LocalUpload(os.path.abspath(path), num_bytes, direct=self._direct)
 
     def open(self, path: str) -> LocalReader:
-        fd = system_calls.open_file(path, os.O_RDONLY)
-        try:
-            return LocalReader(fd)
-        except BaseException:
-            system_calls.close(fd)
-            raise
+        return LocalReader(path)
 
     def sweep(self, directory: str) -> list[str]:
         try:
             names = [name for name in system_calls.list_directory(directory) if is_temporary_name(name)]
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:
             return []
         paths = [os.path.join(directory, name) for name in names]
         return [path for path in paths if _remove_if_dead(path)]
@@ -62,9 +60,9 @@ class LocalUpload(Upload):
         self._num_bytes = num_bytes
         self._directory = os.path.dirname(path)
         _make_directories(self._directory)
-        self._lock = threading.Lock()
         self._file, self._temporary = _create_locked(path)
         self._direct_file = -1
+        self._direct_refused = False
         _uploads.add(self)
         try:
             system_calls.allocate(self._file, num_bytes)
@@ -82,7 +80,9 @@ class LocalUpload(Upload):
             _write_all(self._file, offset + direct_bytes, view[direct_bytes:])
 
     def _can_write_direct(self, offset: int, view: memoryview) -> bool:
-        if self._direct_file == -1 or offset % _DIRECT_ALIGNMENT or view.readonly or len(view) < _DIRECT_ALIGNMENT:
+        if self._direct_file == -1 or self._direct_refused:
+            return False
+        if offset % _DIRECT_ALIGNMENT or view.readonly or len(view) < _DIRECT_ALIGNMENT:
             return False
         return ctypes.addressof(ctypes.c_char.from_buffer(view)) % _DIRECT_ALIGNMENT == 0
 
@@ -93,28 +93,24 @@ class LocalUpload(Upload):
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            self._direct_file_refused()
+            self._direct_refused = True  # other threads may be using the descriptor: it is closed with the upload
             return False
         return True
-
-    def _direct_file_refused(self) -> None:
-        with self._lock:  # other threads may still be using the descriptor: it is closed with the upload
-            self._refused_file, self._direct_file = self._direct_file, -1
-
-    _refused_file = -1
 
     def sync(self) -> None:
         system_calls.fsync(self._file)
 
     def reader(self) -> LocalReader:
-        return LocalReader(system_calls.open_file(self._temporary, os.O_RDONLY))
+        return LocalReader(self._temporary)
 
     def commit(self) -> None:
         if system_calls.fstat(self._file).st_size != self._num_bytes:
             raise OSError(errno.EIO, "the temporary file changed size before it was committed")
-        system_calls.rename(self._temporary, self._path)
-        self._temporary = ""
-        sync_directory(self._directory)
+        # The directory is opened first, so that once the file is visible only the sync itself can fail.
+        with _open_directory(self._directory) as directory:
+            system_calls.rename(self._temporary, self._path)
+            self._temporary = ""
+            _sync_entries(directory)
         self.close_descriptors()
 
     def abort(self) -> None:
@@ -126,20 +122,26 @@ class LocalUpload(Upload):
 
     def close_descriptors(self) -> None:
         """Close what is open; the last one gives up the lock. A forked child does only this."""
-        for name in ("_direct_file", "_refused_file", "_file"):
+        for name in ("_direct_file", "_file"):
             fd = getattr(self, name)
             setattr(self, name, -1)
             if fd != -1:
-                with contextlib.suppress(OSError):
-                    system_calls.close(fd)
+                _close_quietly(fd)
 
 
 class LocalReader(Reader):
     """An open file; `fd` may be used to open it again by `/proc/self/fd`."""
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.num_bytes = system_calls.fstat(fd).st_size
+    def __init__(self, path: str) -> None:
+        self.fd = system_calls.open_file(path, os.O_RDONLY | _O_NONBLOCK)  # opening a pipe would wait for its writer
+        try:
+            status = system_calls.fstat(self.fd)
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        except BaseException:
+            _close_quietly(self.fd)
+            raise
+        self.num_bytes = status.st_size
 
     def read_into(self, offset: int, view: memoryview) -> None:
         position = 0
@@ -157,40 +159,64 @@ class LocalReader(Reader):
 
 def sync_directory(path: str) -> None:
     """Make the directory's entries durable."""
+    with _open_directory(path) as directory:
+        _sync_entries(directory)
+
+
+@contextlib.contextmanager
+def _open_directory(path: str) -> Iterator[int]:
     fd = system_calls.open_file(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        system_calls.fsync(fd)
+        yield fd
     finally:
-        system_calls.close(fd)
+        _close_quietly(fd)
+
+
+def _sync_entries(directory: int) -> None:
+    try:
+        system_calls.fsync(directory)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # some network file systems can't sync directories
+            raise
 
 
 def _make_directories(path: str) -> None:
-    """Make what is missing, each level durable in its parent before anything is put in it."""
+    """Make what is missing, each level durable in its parent before anything is put in it.
+
+    So is the deepest level that is there already: another rank may have made it a moment ago, or an attempt of ours
+    whose sync failed.
+    """
+    parent = os.path.dirname(path)
     try:
         system_calls.stat(path)
     except FileNotFoundError:
-        parent = os.path.dirname(path)
         _make_directories(parent)
         with contextlib.suppress(FileExistsError):  # another rank was faster
             system_calls.make_directory(path)
         sync_directory(parent)
+    else:
+        with contextlib.suppress(PermissionError):  # a parent that we can't read, /home say: not one that we made
+            sync_directory(parent)
 
 
 def _create_locked(path: str) -> tuple[int, str]:
     """Create a temporary file beside `path` and lock it, so that it counts as alive as long as we do."""
-    while True:
-        temporary = os.path.join(os.path.dirname(path), temporary_name(secrets.token_hex(8), os.path.basename(path)))
+    directory, name = os.path.split(path)
+    for _ in range(_MAX_NAMES_TRIED):
+        temporary = os.path.join(directory, temporary_name(secrets.token_hex(8), name))
         fd = system_calls.open_file(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        ours = False
         try:
             # A sweeper may see the file before it is locked: then it is gone, or about to be. Take another name.
-            if _lock_if_supported(fd) and system_calls.fstat(fd).st_nlink > 0:
+            ours = _lock_if_supported(fd) and system_calls.fstat(fd).st_nlink > 0
+            if ours:
                 return fd, temporary
-        except BaseException:
-            system_calls.close(fd)
-            with contextlib.suppress(OSError):
-                system_calls.unlink(temporary)
-            raise
-        system_calls.close(fd)
+        finally:
+            if not ours:
+                _close_quietly(fd)
+                with contextlib.suppress(OSError):
+                    system_calls.unlink(temporary)
+    raise OSError(errno.EAGAIN, "another program locks every new file here", directory)
 
 
 def _lock_if_supported(fd: int) -> bool:
@@ -223,21 +249,28 @@ def _write_all(fd: int, offset: int, view: memoryview) -> None:
 def _remove_if_dead(path: str) -> bool:
     """Remove a temporary file whose lock is free. It is removed while locked, so its writer can't come back."""
     try:
-        fd = system_calls.open_file(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = system_calls.open_file(path, os.O_RDWR | os.O_NOFOLLOW | _O_NONBLOCK)
     except OSError:
         return False
     try:
-        if not system_calls.try_lock(fd):
+        mine = system_calls.fstat(fd)
+        if not stat.S_ISREG(mine.st_mode) or not system_calls.try_lock(fd):
             return False
-        there, mine = system_calls.stat(path), system_calls.fstat(fd)
+        there = system_calls.stat(path)
         if (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
             return False
         system_calls.unlink(path)
     except OSError:
         return False
     finally:
-        system_calls.close(fd)
+        _close_quietly(fd)
     return True
+
+
+def _close_quietly(fd: int) -> None:
+    """What matters was synced before; a network file system's late word about the rest changes nothing."""
+    with contextlib.suppress(OSError):
+        system_calls.close(fd)
 
 
 _uploads: weakref.WeakSet[LocalUpload] = weakref.WeakSet()

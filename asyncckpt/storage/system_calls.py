@@ -49,15 +49,15 @@ def allocate(fd: int, num_bytes: int) -> None:
             raise OSError(error, os.strerror(error))
 
 
-def truncate(fd: int, num_bytes: int) -> None:
-    os.ftruncate(fd, num_bytes)
-
-
 def fsync(fd: int) -> None:
     if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync alone stops at the drive's cache
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(fd)
+        try:
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EINVAL):  # network file systems have only the other
+                raise
+    os.fsync(fd)
 
 
 def try_lock(fd: int) -> bool:
