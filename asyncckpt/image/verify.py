@@ -53,7 +53,7 @@ class Archive:
 
     @property
     def folder(self) -> str:
-        return self.entries[0].name.split("/", 1)[0] if self.entries else ""
+        return self.entries[0].name.split("/", 1)[0]
 
     def find(self, record: str) -> Entry | None:
         name = f"{self.folder}/{record}"
@@ -179,6 +179,8 @@ def _wide_fields(extra: bytes) -> Iterator[int]:
 
 def _check_places(entries: Sequence[Entry], directory_offset: int) -> None:
     """No record may lie outside the file, over another one, or under another one's name."""
+    if not entries:
+        raise CorruptCheckpointError("it holds no records")
     if len({entry.name for entry in entries}) != len(entries):
         raise CorruptCheckpointError("two records have one name")
     ends = [*entries[1:], Entry("", directory_offset, 0, 0)]

@@ -216,7 +216,7 @@ import signal
 saver = asyncckpt.AsyncCheckpointSaver()
 saver.save({"weights": torch.zeros(10_000_000)}, "a.pt").result()
 def held():
-    """How often the image shows up among the descriptors, and among the mappings."""
+    # How often the image shows up among the descriptors, and among the mappings.
     targets = []
     for fd in os.listdir("/proc/self/fd"):
         try:
