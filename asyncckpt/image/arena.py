@@ -117,8 +117,8 @@ class ArenaPool:
                 return arena
             if self._num_lent + len(self._free) >= self._max_arenas and self._free:
                 self._free.pop(0).close()  # too small, and there is no room to keep it beside the new one
-        # A sixteenth to spare, untouched and so free of charge: the next state is often a little larger.
-        arena = Arena(num_bytes + num_bytes // 16)
+        # A little to spare, untouched and so free of charge (unless pinned): the next state is often slightly larger.
+        arena = Arena(num_bytes + num_bytes // 32)
         with self._lock:
             self._lend(arena)
         return arena

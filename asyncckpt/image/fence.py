@@ -60,7 +60,8 @@ class LateStaging:
     def finish(self) -> None:
         """Make the copies, then open the fence. Blocks, without the GIL; raises `TornSnapshotError`."""
         try:
-            self._copies.finish()
+            self._copies.copy_host()
+            self._copies.synchronize()
             self._check()
         finally:
             with _lock:

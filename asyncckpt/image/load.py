@@ -50,13 +50,14 @@ def load(
     """
     name = local_path(path)
     with contextlib.closing(_open(name)) as reader:
-        is_zip = _check(reader, name)
-        with _private_mapping(), _clear_errors(name, map_location, weights_only=weights_only):
+        mmap = _check(reader, name) and mmap
+        mapping = _private_mapping() if mmap else contextlib.nullcontext()
+        with mapping, _clear_errors(name, map_location, weights_only=weights_only):
             return torch.load(
                 _descriptor_path(reader, name),
                 map_location=map_location,
                 weights_only=weights_only,
-                mmap=mmap and is_zip,
+                mmap=mmap,
             )
 
 
@@ -109,35 +110,22 @@ def _descriptor_path(reader: LocalReader, path: str) -> str:
     return f"/proc/self/fd/{reader.fd}" if sys.platform == "linux" else path
 
 
-_mapping_lock = threading.Lock()
-_num_loading = 0
-_mapping_before = mmap_module.MAP_PRIVATE
+_mapping_lock = threading.RLock()
 
 
 @contextlib.contextmanager
 def _private_mapping() -> Iterator[None]:
-    """torch maps as a process-wide option says; shared, a write to a loaded tensor would change the file.
+    """torch maps as an option says; shared, a write to a loaded tensor would change the file.
 
-    Loads may run side by side: the first one in sets the option, the last one out sets it back.
+    The option is process-wide in older torch (2.13: one per thread), so mapped loads take turns.
     """
-    global _num_loading, _mapping_before
     with _mapping_lock:
-        if _num_loading == 0:
-            _mapping_before = torch.serialization.get_default_mmap_options()
-            _set_mapping(mmap_module.MAP_PRIVATE)
-        _num_loading += 1
-    try:
-        yield
-    finally:
-        with _mapping_lock:
-            _num_loading -= 1
-            if _num_loading == 0:
-                _set_mapping(_mapping_before)
-
-
-def _set_mapping(flags: int) -> None:
-    if torch.serialization.get_default_mmap_options() != flags:
-        torch.serialization.set_default_mmap_options(flags)
+        before = torch.serialization.get_default_mmap_options()
+        torch.serialization.set_default_mmap_options(mmap_module.MAP_PRIVATE)
+        try:
+            yield
+        finally:
+            torch.serialization.set_default_mmap_options(before)
 
 
 @contextlib.contextmanager
@@ -149,8 +137,8 @@ def _clear_errors(path: str, map_location: MapLocation, *, weights_only: bool) -
     except pickle.UnpicklingError as error:
         if not weights_only:
             raise CorruptCheckpointError(f"{path} holds a pickle that makes no sense: {error}") from error
-        named = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-        reason = re.search(r"WeightsUnpickler error: (.+)", str(error))
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
         what = f"it refers to {named[1]}" if named else reason[1] if reason else str(error).splitlines()[0]
         raise UnsafeCheckpointError(
             f"{path} was not loaded, because it could run code: {what}. If you trust its author, allow that class with "

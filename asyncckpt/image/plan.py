@@ -287,4 +287,3 @@ def _children(value: object, path: str) -> list[tuple[str, object]]:
     if isinstance(attributes, dict) and not isinstance(value, (type, types.ModuleType, types.FunctionType)):
         return [(f"{path}.{name}", child) for name, child in attributes.items()]
     return []
-

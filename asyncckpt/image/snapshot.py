@@ -80,11 +80,15 @@ class Snapshotter:
         arena = self._pool.acquire(plan.layout.num_bytes)
         try:
             stage_contents(plan, arena.buffer)
-            late = StorageCopies(plan, arena, late_keys)
-            late.start()
             at_once = StorageCopies(plan, arena, set(range(len(plan.storages))) - late_keys)
+            late = StorageCopies(plan, arena, late_keys)
             at_once.start()
-            at_once.finish()
+            if late_keys:
+                at_once.wait_on_devices()  # device memory is safe then from all that is queued later
+            late.start()
+            at_once.copy_host()
+            if not late_keys:
+                at_once.synchronize()
             arena.used_bytes = max(arena.used_bytes, plan.layout.num_bytes)
             if (torn := find_torn(versions)) is not None:
                 raise torn
@@ -95,7 +99,7 @@ class Snapshotter:
         if late_keys:
             fence.guard(optimizers, modules)
             staging = fence.LateStaging(late, late_versions, timings)
-            self._run_in_background(lambda: _finish(snapshot, staging, timings, started, on_staged))
+            self._run_in_background(lambda: _finish(snapshot, at_once, staging, timings, started, on_staged))
         else:
             timings.stage_secs = time.perf_counter() - started
             snapshot.complete()
@@ -109,11 +113,12 @@ class Snapshotter:
         snapshot.complete()
         return snapshot
 
-    def prepare(self, num_bytes: int) -> None:
-        """Warm one arena for images of `num_bytes`. Blocks, without the GIL."""
+    def prepare(self, plan: Plan) -> None:
+        """Warm one arena for images of such a plan. Blocks, without the GIL."""
+        num_bytes = plan.layout.num_bytes
         arena = self._pool.acquire(num_bytes)
         try:
-            warm(arena, num_bytes, pin=torch.cuda.is_available())
+            warm(arena, num_bytes, pin=any(storage.device.type == "cuda" for storage in plan.storages))
         finally:
             self._pool.release(arena)
 
@@ -133,6 +138,7 @@ class Snapshotter:
 
 def _finish(
     snapshot: Snapshot,
+    at_once: StorageCopies,
     staging: fence.LateStaging,
     timings: Timings,
     started: float,
@@ -142,6 +148,7 @@ def _finish(
     error: BaseException | None = None
     try:
         staging.finish()
+        at_once.synchronize()
     except BaseException as caught:
         error = caught
     timings.stage_secs = time.perf_counter() - started

@@ -28,9 +28,8 @@ def stage_contents(plan: Plan, buffer: memoryview) -> None:
 class StorageCopies:
     """Copies of the storages with the given keys into an arena.
 
-    `start` issues what runs by itself (device copies), `finish` does the rest and returns when all bytes are there. The
-    two may run in different threads. Between them, `wait_on_devices` makes the devices' current streams wait for the
-    copies without blocking the CPU.
+    `start` queues the device copies, `copy_host` makes the host ones, `synchronize` waits for the device ones. Between
+    them, `wait_on_devices` makes the devices' current streams wait for the copies, without blocking the CPU.
     """
 
     def __init__(self, plan: Plan, arena: Arena, keys: Iterable[int]) -> None:
@@ -71,15 +70,18 @@ class StorageCopies:
 
     @property
     def needs_host(self) -> bool:
-        """Whether any of the copies is made by a CPU thread, so that a fence must block until `finish`."""
+        """Whether any of the copies is made by a CPU thread, so that a fence must block until it is."""
         return bool(self._host[0])
 
-    def finish(self) -> None:
-        """Copy host memory, then wait for the device copies. Blocks, without the GIL."""
+    def copy_host(self) -> None:
+        """Copy host memory. Blocks, without the GIL."""
         destinations, sources = self._host
         if destinations:
             with torch.no_grad():
                 torch._foreach_copy_(destinations, sources)
+
+    def synchronize(self) -> None:
+        """Wait until the device copies are there. Blocks, without the GIL."""
         for event in self._events.values():
             event.synchronize()
 

@@ -279,9 +279,7 @@ class _Checker:
         start = entries[0].header_offset
         # Not all the way to the next record: the gap may be gigabytes if the directory lies about a size.
         most_header_bytes = _LOCAL_HEADER.size + 2 * _MAX_FIELD_BYTES
-        stop = min(
-            self._end_of(span.last - 1), entries[-1].header_offset + most_header_bytes + entries[-1].num_bytes
-        )
+        stop = min(self._end_of(span.last - 1), entries[-1].header_offset + most_header_bytes + entries[-1].num_bytes)
         data = memoryview(_read(self._reader, start, stop - start, entries[0].name))
         for index, entry in enumerate(entries, span.first):
             header_at = entry.header_offset - start

@@ -26,8 +26,8 @@ def save(
     """Save as torch.save does, in the background: returns once `obj` may be changed. Thread-safe.
 
     Naming the `optimizers` (and `modules`) whose state it is makes it an overlapped save, which returns in milliseconds.
-    See `AsyncCheckpointSaver.save` for what blocks, what may be changed when, and what is raised. Nothing is durable on
-    return: `handle.result()` or `wait()` say when it is. What is in flight when the process exits is flushed then.
+    See `AsyncCheckpointSaver.save` for what blocks, what may be changed when, and what is raised. Nothing is durable
+    on return: `handle.result()` or `wait()` say when it is. What is in flight when the process exits is flushed then.
     """
     return _default_saver().save(obj, f, optimizers=optimizers, modules=modules)
 

@@ -56,8 +56,8 @@ class AsyncCheckpointSaver:
         verify_after_save: read each file back and check it before it is committed.
         max_consecutive_failures: after so many failed saves in a row, `save` itself raises (once; the next one tries
             again, and raises again if that fails too).
-        nice: how far below the trainer the writing threads' priority is (0 to 19, Linux only). The default lets training
-            have the cores; 0 writes faster while they are busy.
+        nice: how far below the trainer the writing threads' priority is (0 to 19, Linux only). The default lets
+            training have the cores; 0 writes faster while they are busy.
         exit_timeout_secs: how long the interpreter's exit may be held up for what is still in flight.
         exit_code: the process's exit code if that fails while it would have been 0; None leaves it alone.
     """
@@ -132,9 +132,9 @@ class AsyncCheckpointSaver:
     ) -> SaveHandle:
         """Snapshot `checkpoint` and write it to `filepath` in the background.
 
-        Blocks for one memory copy of the state (for milliseconds with `snapshot="overlap"`), and before that until there
-        is room in flight. On return nothing that the caller may do to `checkpoint` changes what is written; in overlap
-        mode that holds for everything but the tensors that `optimizers` update, which `optimizer.step` (and
+        Blocks for one memory copy of the state (for milliseconds with `snapshot="overlap"`), and before that until
+        there is room in flight. On return nothing that the caller may do to `checkpoint` changes what is written; in
+        overlap mode that holds for everything but the tensors that `optimizers` update, which `optimizer.step` (and
         `load_state_dict` of the optimizers and `modules`) waits for by itself, and any other writer must wait for by
         `handle.wait_staged()`. Nothing is durable on return: `handle.result()` or `wait()` say when.
 
@@ -191,19 +191,20 @@ class AsyncCheckpointSaver:
     def prepare(self, state: object) -> None:
         """Warm the memory for images of this state, so that already the first save costs only the copy.
 
-        Blocks for about two seconds per gigabyte of fresh memory, without holding the GIL; call it while the data loads,
-        or in a thread. Copies nothing, writes nothing.
+        Blocks for as long as the system takes to hand out fresh memory (up to two seconds a gigabyte), without holding
+        the GIL; call it while the data loads, or in a thread. Copies nothing, writes nothing.
         """
         self._check_usable()
-        num_bytes = plan_state(state, self._describe("", {})).layout.num_bytes
-        if num_bytes <= self._limit():
-            self._snapshots.prepare(num_bytes)
+        plan = plan_state(state, self._describe("", {}))
+        if plan.layout.num_bytes <= self._limit():
+            self._snapshots.prepare(plan)
 
     def wait(self, timeout: float | None = None) -> None:
         """The barrier: return once every save submitted before is durable.
 
-        Blocks up to `timeout` seconds, then raises `WaitTimeoutError`; the saves go on. Raises `CheckpointWriteError` for
-        failures that nobody has looked at yet (by `handle.result()`, `handle.exception()` or an earlier `wait`).
+        Blocks up to `timeout` seconds, then raises `WaitTimeoutError`; the saves go on. Raises what made a save fail if
+        nobody has looked at it yet (by `handle.result()`, `handle.exception()` or an earlier `wait`). Does not wait for
+        callbacks.
         """
         self._check_owner()
         self._check_not_in_callback("wait")
@@ -406,8 +407,8 @@ class AsyncCheckpointSaver:
 
     def _explain_streaming(self, num_bytes: int, limit: int) -> None:
         warnings.warn(
-            f"the state's image ({num_bytes:,} bytes) is over memory_limit ({limit:,} bytes): it is written in pieces, and "
-            "save() blocks until it is durable",
+            f"the state's image ({num_bytes:,} bytes) is over memory_limit ({limit:,} bytes): it is written in pieces, "
+            "and save() blocks until it is durable",
             stacklevel=3,
         )
 
@@ -443,8 +444,8 @@ def _remaining(deadline: float | None) -> float | None:
 def _warn_of_arrays(plan: Plan) -> None:
     if plan.array_bytes > _LARGE_ARRAYS_BYTES:
         warnings.warn(
-            f"the state holds {plan.array_bytes:,} bytes of NumPy arrays, which torch's format pickles inline, slowly and "
-            "with several times their size in memory; torch.from_numpy makes tensors of them without a copy",
+            f"the state holds {plan.array_bytes:,} bytes of NumPy arrays, which torch's format pickles inline, slowly "
+            "and with several times their size in memory; torch.from_numpy makes tensors of them without a copy",
             stacklevel=3,
         )
 

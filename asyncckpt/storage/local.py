@@ -21,7 +21,6 @@ from asyncckpt.storage import system_calls
 from asyncckpt.storage.base import Reader, Storage, Upload
 
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
-_O_NONBLOCK = os.O_NONBLOCK  # of no effect on files
 _DIRECT_ALIGNMENT = 4096
 _PIECE_BYTES = 8 << 20
 _NUM_THREADS = 4
@@ -133,7 +132,7 @@ class LocalReader(Reader):
     """An open file; `fd` may be used to open it again by `/proc/self/fd`."""
 
     def __init__(self, path: str) -> None:
-        self.fd = system_calls.open_file(path, os.O_RDONLY | _O_NONBLOCK)  # opening a pipe would wait for its writer
+        self.fd = system_calls.open_file(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its writer
         try:
             status = system_calls.fstat(self.fd)
             if stat.S_ISDIR(status.st_mode):
@@ -249,7 +248,7 @@ def _write_all(fd: int, offset: int, view: memoryview) -> None:
 def _remove_if_dead(path: str) -> bool:
     """Remove a temporary file whose lock is free. It is removed while locked, so its writer can't come back."""
     try:
-        fd = system_calls.open_file(path, os.O_RDWR | os.O_NOFOLLOW | _O_NONBLOCK)
+        fd = system_calls.open_file(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:

@@ -388,7 +388,7 @@ def test_an_error_while_staging_opens_the_fence(
 
     with staging_held(saver):
         handle = saver.save(state_of(model, optimizer), tmp_path / "a.pt", optimizers=[optimizer])
-        monkeypatch.setattr("asyncckpt.image.staging.StorageCopies.finish", fail)
+        monkeypatch.setattr("asyncckpt.image.staging.StorageCopies.copy_host", fail)
     train_step(model, optimizer)
     assert isinstance(handle.exception(60), MemoryError)
     assert not (tmp_path / "a.pt").exists()

@@ -1,0 +1,82 @@
+"""The layout shows the way of the data: imports go down only, and the writer side knows no torch."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import asyncckpt
+
+PACKAGE = Path(asyncckpt.__file__).parent
+
+# From the top down. A module may import from its own line's modules only if they are listed in the same line, and from
+# every line below.
+LAYERS = [
+    "service.default",
+    "service.saver",
+    "service.worker",
+    "service.handle service.admission service.order service.memory service.exit service.threads",
+    "image.snapshot",
+    "image.fence",
+    "image.streaming image.load",
+    "image.staging",
+    "image.plan",
+    "image.verify",
+    "storage.local",
+    "storage.base storage.system_calls",
+    "image.checksum",
+    "image.layout image.arena",
+    "naming events",
+    "records",
+    "errors version",
+]
+TORCH_FREE = {
+    *("errors", "events", "naming", "records", "version"),
+    *("image.layout", "image.arena", "image.checksum", "image.verify"),
+    *("storage.base", "storage.local", "storage.system_calls"),
+    *(f"service.{name}" for name in ("worker", "handle", "admission", "order", "memory", "exit", "threads")),
+}
+
+
+def modules() -> dict[str, Path]:
+    paths = (path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in paths}
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "asyncckpt":
+            candidates = (".".join(parts[1:end]) for end in (len(parts), len(parts) - 1))
+            yield next((candidate for candidate in candidates if candidate in known), name)
+
+
+def test_every_module_has_its_layer() -> None:
+    assert set(modules()) == {name for layer in LAYERS for name in layer.split()}
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_go_down_only(module: str) -> None:
+    depth = {name: index for index, layer in enumerate(LAYERS) for name in layer.split()}
+    for imported in own_imports(modules()[module], modules()):
+        assert depth[imported] >= depth[module], f"{module} imports {imported}, which lies above it"
+
+
+@pytest.mark.parametrize("module", sorted(TORCH_FREE))
+def test_the_writer_side_is_free_of_torch(module: str) -> None:
+    known = modules()
+    assert not [name for name in imports(known[module]) if name.split(".")[0] in ("torch", "numpy")]
+    assert set(own_imports(known[module], known)) <= TORCH_FREE
