@@ -18,7 +18,7 @@ LAYERS = [
     "service.default",
     "service.saver",
     "service.worker",
-    "service.handle service.admission service.order service.memory service.exit service.threads",
+    "service.handle service.admission service.order service.memory service.exit",
     "image.snapshot",
     "image.fence",
     "image.streaming image.load",
@@ -29,15 +29,15 @@ LAYERS = [
     "storage.base storage.system_calls",
     "image.checksum",
     "image.layout image.arena",
-    "naming events",
+    "naming events threads",
     "records",
     "errors version",
 ]
 TORCH_FREE = {
-    *("errors", "events", "naming", "records", "version"),
+    *("errors", "events", "naming", "records", "threads", "version"),
     *("image.layout", "image.arena", "image.checksum", "image.verify"),
     *("storage.base", "storage.local", "storage.system_calls"),
-    *(f"service.{name}" for name in ("worker", "handle", "admission", "order", "memory", "exit", "threads")),
+    *(f"service.{name}" for name in ("worker", "handle", "admission", "order", "memory", "exit")),
 }
 
 

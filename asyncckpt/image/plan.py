@@ -33,6 +33,7 @@ _STORAGE_CLASSES: frozenset[type] = frozenset(torch._storage_classes)
 _GLOBAL_TYPES = (type, types.FunctionType, types.BuiltinFunctionType)
 _NO_DIGEST = "0" * 64
 _MAX_PATH_CHARS = 400
+_MAX_PATH_LEVELS = 200
 
 
 @dataclass
@@ -257,9 +258,7 @@ def _explain(state: object, error: Exception) -> UnsupportedStateError:
 def _innermost(value: object, path: str) -> tuple[str, object]:
     """Descend into the first child that fails after all that comes before it: two views may be fine one by one."""
     before: list[object] = []
-    visited: set[int] = set()
-    while id(value) not in visited:
-        visited.add(id(value))
+    for _ in range(_MAX_PATH_LEVELS):  # an object may hold itself, and a list may be too deep
         children = _children(value, path)
         pickler = _StatePickler(io.BytesIO())
         pickler.dump(before)

@@ -17,11 +17,10 @@ from asyncckpt.image.plan import Plan
 from asyncckpt.image.staging import StorageCopies, find_torn, stage_contents, warm
 from asyncckpt.image.streaming import StreamedImage
 from asyncckpt.records import Timings
+from asyncckpt.threads import ThreadGroup
 
 SnapshotMode = Literal["copy", "overlap"]
 SNAPSHOT_MODES: tuple[str, ...] = get_args(SnapshotMode)
-
-RunInBackground = Callable[[Callable[[], None]], None]
 
 
 class Snapshot:
@@ -55,12 +54,13 @@ class Snapshot:
 
 
 class Snapshotter:
-    """Takes snapshots in one mode, out of one pool of arenas."""
+    """Takes snapshots in one mode, out of one pool of arenas: late parts on `stagers`, copies on `copiers`."""
 
-    def __init__(self, mode: SnapshotMode, max_arenas: int, run_in_background: RunInBackground) -> None:
+    def __init__(self, mode: SnapshotMode, max_arenas: int, stagers: ThreadGroup, copiers: ThreadGroup) -> None:
         self._mode = mode
         self._pool = ArenaPool(max_arenas)
-        self._run_in_background = run_in_background
+        self._stagers = stagers
+        self._copiers = copiers
 
     def take(
         self,
@@ -80,8 +80,8 @@ class Snapshotter:
         arena = self._pool.acquire(plan.layout.num_bytes)
         try:
             stage_contents(plan, arena.buffer)
-            at_once = StorageCopies(plan, arena, set(range(len(plan.storages))) - late_keys)
-            late = StorageCopies(plan, arena, late_keys)
+            at_once = StorageCopies(plan, arena, set(range(len(plan.storages))) - late_keys, self._copiers)
+            late = StorageCopies(plan, arena, late_keys, self._copiers)
             at_once.start()
             if late_keys:
                 at_once.wait_on_devices()  # device memory is safe then from all that is queued later
@@ -99,7 +99,7 @@ class Snapshotter:
         if late_keys:
             fence.guard(optimizers, modules)
             staging = fence.LateStaging(late, late_versions, timings)
-            self._run_in_background(lambda: _finish(snapshot, at_once, staging, timings, started, on_staged))
+            self._stagers.put(lambda: _finish(snapshot, at_once, staging, timings, started, on_staged))
         else:
             timings.stage_secs = time.perf_counter() - started
             snapshot.complete()

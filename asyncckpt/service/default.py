@@ -25,9 +25,9 @@ def save(
 ) -> SaveHandle:
     """Save as torch.save does, in the background: returns once `obj` may be changed. Thread-safe.
 
-    Naming the `optimizers` (and `modules`) whose state it is makes it an overlapped save, which returns in milliseconds.
+    Naming the `optimizers` (and `modules`) whose state it is makes it an overlapped save: it returns in milliseconds.
     See `AsyncCheckpointSaver.save` for what blocks, what may be changed when, and what is raised. Nothing is durable
-    on return: `handle.result()` or `wait()` say when it is. What is in flight when the process exits is flushed then.
+    on return: `handle.result()` or `wait()` say when it is. What is in flight at the process's exit is flushed then.
     """
     return _default_saver().save(obj, f, optimizers=optimizers, modules=modules)
 

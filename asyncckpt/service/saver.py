@@ -20,6 +20,7 @@ from asyncckpt.events import Event, EventKind
 from asyncckpt.image.load import local_path
 from asyncckpt.image.plan import Plan, plan_state
 from asyncckpt.image.snapshot import SNAPSHOT_MODES, Snapshot, SnapshotMode, Snapshotter
+from asyncckpt.image.staging import copy_threads
 from asyncckpt.image.streaming import window_bytes
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.service import exit
@@ -27,9 +28,9 @@ from asyncckpt.service.admission import WHEN_FULL, Admission, WhenFull
 from asyncckpt.service.handle import SaveHandle
 from asyncckpt.service.memory import default_memory_limit
 from asyncckpt.service.order import CommitOrder, Turn
-from asyncckpt.service.threads import ThreadGroup
 from asyncckpt.service.worker import Job, forget_frames, write_checkpoint
 from asyncckpt.storage.local import LocalStorage
+from asyncckpt.threads import ThreadGroup, lower_priority
 from asyncckpt.version import __version__
 
 logger = logging.getLogger("asyncckpt")
@@ -111,12 +112,13 @@ class AsyncCheckpointSaver:
         self._pid = os.getpid()
         self._closing = threading.Event()  # cuts the pauses between retries short
 
-        self._workers = ThreadGroup("worker", num_workers, nice=nice)
-        self._writers = ThreadGroup("writer", _NUM_WRITER_THREADS, nice=nice)
-        self._stagers = ThreadGroup("staging", 1)  # training may be waiting for it: full priority
+        self._workers = ThreadGroup("worker", num_workers, lambda: lower_priority(nice))
+        self._writers = ThreadGroup("writer", _NUM_WRITER_THREADS, lambda: lower_priority(nice))
+        self._stagers = ThreadGroup("staging", 1)  # training may be waiting for these two: full priority
+        self._copiers = copy_threads()
         self._callbacks = ThreadGroup("callback", 1)
-        self._snapshots = Snapshotter(snapshot, max_in_flight, self._stagers.put)
-        groups = (self._workers, self._writers, self._stagers, self._callbacks)
+        self._snapshots = Snapshotter(snapshot, max_in_flight, self._stagers, self._copiers)
+        groups = (self._workers, self._writers, self._stagers, self._copiers, self._callbacks)
         self._finalizer = weakref.finalize(self, _abandon, groups, self._snapshots, self._pid)
         self._finalizer.atexit = False
         exit.register(self)
@@ -237,7 +239,7 @@ class AsyncCheckpointSaver:
         try:
             self.wait(timeout)
         finally:
-            for group in (self._workers, self._stagers, self._writers, self._callbacks):
+            for group in (self._workers, self._stagers, self._copiers, self._writers, self._callbacks):
                 group.stop()
                 group.join(_remaining(deadline))
             self._snapshots.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import queue
 import threading
 import time
 import traceback
@@ -16,8 +15,8 @@ from asyncckpt.errors import CheckpointError, CheckpointWriteError, CorruptCheck
 from asyncckpt.image.checksum import ImageSource, Piece
 from asyncckpt.image.verify import verify_reader
 from asyncckpt.records import CheckpointInfo, Timings
-from asyncckpt.service.threads import ThreadGroup
 from asyncckpt.storage.base import Storage, Upload
+from asyncckpt.threads import ThreadGroup
 
 # What may pass by itself. A full disk may too, but not within seconds: it fails at once, and the next save tries again.
 _PASSING_ERRORS = frozenset({errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR, errno.ENETDOWN})
@@ -86,29 +85,21 @@ def _write_once(job: Job, writers: ThreadGroup) -> CheckpointInfo:
 def _write_window(upload: Upload, window: Iterator[Piece], writers: ThreadGroup) -> None:
     """Pull pieces and write them from several threads; the first error stops all and is raised."""
     pulling = threading.Lock()
-    errors: list[BaseException] = []
-    finished: queue.SimpleQueue[None] = queue.SimpleQueue()
+    failed = threading.Event()
 
     def write_pieces() -> None:
         try:
-            while not errors:
+            while not failed.is_set():
                 with pulling:  # the next piece is checksummed while the others are being written
                     piece = next(window, None)
                 if piece is None:
                     return
                 upload.write(piece.offset, piece.view)
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            finished.put(None)
+        except BaseException:
+            failed.set()
+            raise
 
-    num_threads = min(upload.num_threads, writers.num_threads)
-    for _ in range(num_threads):
-        writers.put(write_pieces)
-    for _ in range(num_threads):
-        finished.get()
-    if errors:
-        raise errors[0]
+    writers.run_on_all(write_pieces, upload.num_threads)
 
 
 def _read_back(path: str, upload: Upload) -> None:

@@ -1,5 +1,5 @@
-"""The saver's own threads: daemon, so that a stuck disk can't hold up exit for ever, and started early, since Python
-3.12 starts none at exit. No torch."""
+"""Our own threads: daemon, so that a stuck disk can't hold up exit for ever, and started early, since Python 3.12
+starts none at exit. No torch."""
 
 from __future__ import annotations
 
@@ -13,17 +13,14 @@ logger = logging.getLogger("asyncckpt")
 
 
 class ThreadGroup:
-    """A few threads that run what is put to them, in order of arrival.
+    """A few threads that run what is put to them, in order of arrival. `at_start` runs first on each."""
 
-    `nice` lowers their priority where the platform has one per thread (Linux), so that training wins the cores.
-    """
-
-    def __init__(self, name: str, num_threads: int, *, nice: int = 0) -> None:
+    def __init__(self, name: str, num_threads: int, at_start: Callable[[], None] | None = None) -> None:
         self.num_threads = num_threads
         self._actions: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._stopped = False
-        self._nice = nice
+        self._at_start = at_start
         self._threads = [
             threading.Thread(target=self._run, name=f"asyncckpt-{name}-{index}", daemon=True)
             for index in range(num_threads)
@@ -38,6 +35,25 @@ class ThreadGroup:
                 self._actions.put(action)
                 return
         _run_logged(action)
+
+    def run_on_all(self, action: Callable[[], object], num_threads: int | None = None) -> None:
+        """Run `action` on that many of the threads (all of them) at once, and wait; raises the first error."""
+        finished: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def run() -> None:
+            error: BaseException | None = None
+            try:
+                action()
+            except BaseException as caught:
+                error = caught
+            finished.put(error)
+
+        count = min(num_threads or self.num_threads, self.num_threads)
+        for _ in range(count):
+            self.put(run)
+        errors = [error for _ in range(count) if (error := finished.get()) is not None]
+        if errors:
+            raise errors[0]
 
     def contains_current_thread(self) -> bool:
         return threading.current_thread() in self._threads
@@ -62,8 +78,8 @@ class ThreadGroup:
         return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:
-        if self._nice:
-            _lower_priority(self._nice)
+        if self._at_start is not None:
+            _run_logged(self._at_start)
         while True:
             action = self._actions.get()
             if action is None:
@@ -80,7 +96,8 @@ def _run_logged(action: Callable[[], object]) -> None:
         logger.exception("error in a background action")
 
 
-def _lower_priority(nice: int) -> None:
+def lower_priority(nice: int) -> None:
+    """Let everybody else have the cores first, where a thread has a priority of its own (Linux)."""
     try:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
     except (AttributeError, OSError):
