@@ -18,7 +18,7 @@ class ThreadGroup:
     def __init__(self, name: str, num_threads: int, at_start: Callable[[], None] | None = None) -> None:
         self.num_threads = num_threads
         self._actions: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # signal handlers may save in the middle of a save
         self._stopped = False
         self._at_start = at_start
         self._threads = [
@@ -37,21 +37,45 @@ class ThreadGroup:
         _run_logged(action)
 
     def run_on_all(self, action: Callable[[], object], num_threads: int | None = None) -> None:
-        """Run `action` on that many of the threads (all of them) at once, and wait; raises the first error."""
-        finished: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        """Run `action` on that many of the threads (all of them) at once, and wait; raises the first error.
+
+        Also an interrupt (Ctrl-C, a signal handler that raises) is only raised when all have finished: what they work
+        on must not be given away before.
+        """
+        count = min(num_threads or self.num_threads, self.num_threads)
+        tickets = list(range(count))
+        remaining = count
+        lock = threading.Lock()
+        done = threading.Event()
+        errors: list[BaseException] = []
 
         def run() -> None:
-            error: BaseException | None = None
+            nonlocal remaining
+            try:
+                tickets.pop()
+            except IndexError:
+                return  # put once too often, by a loop that was interrupted
             try:
                 action()
-            except BaseException as caught:
-                error = caught
-            finished.put(error)
+            except BaseException as error:
+                errors.append(error)
+            with lock:
+                remaining -= 1
+                if remaining == 0:
+                    done.set()
 
-        count = min(num_threads or self.num_threads, self.num_threads)
-        for _ in range(count):
-            self.put(run)
-        errors = [error for _ in range(count) if (error := finished.get()) is not None]
+        num_put = 0
+        interrupt: BaseException | None = None
+        while not done.is_set():
+            try:
+                while num_put < count:
+                    self.put(run)
+                    num_put += 1
+                done.wait()
+            except BaseException as caught:
+                interrupt = caught
+        if interrupt is not None:
+            raise interrupt
         if errors:
             raise errors[0]
 

@@ -17,6 +17,7 @@ PACKAGE = Path(asyncckpt.__file__).parent
 LAYERS = [
     "service.default",
     "service.saver",
+    "service.queue",
     "service.worker",
     "service.handle service.admission service.order service.memory service.exit",
     "image.snapshot",
@@ -37,7 +38,7 @@ TORCH_FREE = {
     *("errors", "events", "naming", "records", "threads", "version"),
     *("image.layout", "image.arena", "image.checksum", "image.verify"),
     *("storage.base", "storage.local", "storage.system_calls"),
-    *(f"service.{name}" for name in ("worker", "handle", "admission", "order", "memory", "exit")),
+    *(f"service.{name}" for name in ("queue", "worker", "handle", "admission", "order", "memory", "exit")),
 }
 
 

@@ -94,7 +94,7 @@ class ArenaPool:
 
     def __init__(self, max_arenas: int) -> None:
         self._max_arenas = max_arenas
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._free: list[Arena] = []
         self._num_lent = 0
         self._lent_bytes = 0

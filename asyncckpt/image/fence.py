@@ -35,7 +35,7 @@ class LateStaging:
         self._versions = versions
         self._storages = frozenset(tensor.untyped_storage()._cdata for tensor, _ in versions)
         self._torn: TornSnapshotError | None = None
-        self._passed = threading.Lock()  # guards the two: the first to pass the fence looks for torn tensors
+        self._passed = threading.RLock()  # guards the two: the first to pass the fence looks for torn tensors
         self._checked = False
         self._done = threading.Event()
         with _lock:
@@ -130,7 +130,7 @@ def guard(optimizers: Sequence[Any], modules: Sequence[torch.nn.Module]) -> None
             module.register_load_state_dict_pre_hook(_before_module_load)
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _pending: list[LateStaging] = []
 _guarded: weakref.WeakSet[Any] = weakref.WeakSet()
 _step_is_hooked = False

@@ -120,7 +120,7 @@ def _private_mapping() -> Iterator[None]:
     The option is process-wide in older torch (2.13: one per thread), so mapped loads take turns.
     """
     with _mapping_lock:
-        before = torch.serialization.get_default_mmap_options()
+        before = torch.serialization.get_default_mmap_options() or mmap_module.MAP_PRIVATE
         torch.serialization.set_default_mmap_options(mmap_module.MAP_PRIVATE)
         try:
             yield

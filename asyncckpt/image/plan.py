@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 import torch
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.storage import TypedStorage, UntypedStorage
 
 from asyncckpt.errors import UnsupportedStateError
@@ -161,10 +161,14 @@ class _StatePickler(pickle.Pickler):
                 return OrderedDict, ()
         elif isinstance(obj, torch.Tensor):
             # A lazy module's parameter has no data yet, and refuses to be asked about it.
-            if not isinstance(obj, UninitializedTensorMixin) and not obj.is_inference():
+            if not is_lazy(obj) and not obj.is_inference():
                 self.versions.append((obj, obj._version))
         elif isinstance(obj, _GLOBAL_TYPES):
             self.globals.add(f"{obj.__module__}.{obj.__qualname__}")
+        elif kind is torch.dtype:
+            self.globals.add(str(obj))
+        elif obj is Ellipsis or obj is NotImplemented:
+            self.globals.add(f"builtins.{obj!r}")
         elif kind.__name__ == "ndarray":
             self.array_bytes += obj.nbytes
         return NotImplemented

@@ -47,7 +47,8 @@ class Snapshot:
         return self.source
 
     def release(self) -> None:
-        """Drop the image. Safe to call twice."""
+        """Give the memory back. Waits until staging is over; safe to call twice."""
+        self._staged.wait()
         arena, self._arena, self.source = self._arena, None, None
         if arena is not None:
             self._pool.release(arena)

@@ -14,45 +14,40 @@ WHEN_FULL: tuple[str, ...] = get_args(WhenFull)
 class Admission:
     """Counts saves in flight against `max_in_flight`, and their bytes against a limit. Thread-safe.
 
-    When there is no room, `when_full` says whether entering blocks, declines (returns False), or raises.
+    When there is no room, `when_full` says whether entering blocks, declines, or raises.
     """
 
     def __init__(self, max_in_flight: int, when_full: WhenFull) -> None:
         self._max_in_flight = max_in_flight
         self._when_full = when_full
-        self._num_in_flight = 0
-        self._bytes_in_flight = 0
+        self._places: dict[Place, int] = {}  # bytes reserved
         self._changed = threading.Condition()
 
-    def enter(self) -> bool:
-        """Take a place; False when there is none and the save is to be skipped."""
+    def enter(self) -> Place | None:
+        """Take a place; None when there is none and the save is to be skipped."""
         with self._changed:
-            while self._num_in_flight >= self._max_in_flight:
-                if not self._may_wait(f"{self._num_in_flight} saves are in flight (max_in_flight)"):
-                    return False
-            self._num_in_flight += 1
-            return True
+            while len(self._places) >= self._max_in_flight:
+                if not self._may_wait(f"{len(self._places)} saves are in flight (max_in_flight)"):
+                    return None
+            place = Place(self)
+            self._places[place] = 0
+            return place
 
-    def reserve(self, num_bytes: int, limit: int) -> bool:
-        """Take memory for an image, having a place; False when there is none and the save is to be skipped.
+    def reserve(self, place: Place, num_bytes: int, limit: int) -> bool:
+        """Take memory for an image; False when there is none and the save is to be skipped.
 
         One image alone is always admitted: whether it fits at all is decided before.
         """
         with self._changed:
-            while self._bytes_in_flight and self._bytes_in_flight + num_bytes > limit:
-                reason = (
-                    f"{self._bytes_in_flight:,} bytes are in flight, and {num_bytes:,} more would pass memory_limit"
-                )
-                if not self._may_wait(reason):
+            while (taken := sum(self._places.values())) and taken + num_bytes > limit:
+                if not self._may_wait(f"{taken:,} bytes are in flight, and {num_bytes:,} more would pass memory_limit"):
                     return False
-            self._bytes_in_flight += num_bytes
+            self._places[place] = num_bytes
             return True
 
-    def leave(self, num_bytes: int) -> None:
-        """Give the place, and the memory reserved for it, back."""
+    def leave(self, place: Place) -> None:
         with self._changed:
-            self._num_in_flight -= 1
-            self._bytes_in_flight -= num_bytes
+            self._places.pop(place, None)
             self._changed.notify_all()
 
     def _may_wait(self, reason: str) -> bool:
@@ -62,3 +57,18 @@ class Admission:
             return False
         self._changed.wait()
         return True
+
+
+class Place:
+    """One save's place in flight."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+
+    def reserve(self, num_bytes: int, limit: int) -> bool:
+        """Take memory for this save's image, as `Admission.reserve`."""
+        return self._admission.reserve(self, num_bytes, limit)
+
+    def leave(self) -> None:
+        """Give the place, and the memory reserved for it, back. Safe to call twice."""
+        self._admission.leave(self)

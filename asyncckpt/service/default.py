@@ -12,7 +12,7 @@ import torch
 from asyncckpt.service.handle import SaveHandle
 from asyncckpt.service.saver import AsyncCheckpointSaver
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _saver: AsyncCheckpointSaver | None = None
 
 
@@ -53,7 +53,7 @@ def _default_saver() -> AsyncCheckpointSaver:
 
 def _forget_in_child() -> None:
     global _lock, _saver
-    _lock, _saver = threading.Lock(), None
+    _lock, _saver = threading.RLock(), None
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

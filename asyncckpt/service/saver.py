@@ -24,18 +24,16 @@ from asyncckpt.image.staging import copy_threads
 from asyncckpt.image.streaming import window_bytes
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.service import exit
-from asyncckpt.service.admission import WHEN_FULL, Admission, WhenFull
+from asyncckpt.service.admission import WHEN_FULL, Admission, Place, WhenFull
 from asyncckpt.service.handle import SaveHandle
 from asyncckpt.service.memory import default_memory_limit
-from asyncckpt.service.order import CommitOrder, Turn
-from asyncckpt.service.worker import Job, forget_frames, write_checkpoint
+from asyncckpt.service.queue import Emit, SaveQueue
 from asyncckpt.storage.local import LocalStorage
-from asyncckpt.threads import ThreadGroup, lower_priority
+from asyncckpt.threads import ThreadGroup
 from asyncckpt.version import __version__
 
 logger = logging.getLogger("asyncckpt")
 
-_NUM_WRITER_THREADS = 4
 _LARGE_ARRAYS_BYTES = 16 << 20
 
 
@@ -94,32 +92,33 @@ class AsyncCheckpointSaver:
             raise ValueError(f"exit_timeout_secs must be at least 0, not {exit_timeout_secs}")
         self.exit_code = exit_code
         self._memory_limit = memory_limit
-        self._on_success, self._on_failure, self._on_event = on_success, on_failure, on_event
-        self._retries = retries
-        self._verify_after_save = verify_after_save
+        self._on_success, self._on_failure = on_success, on_failure
+        self._callbacks = ThreadGroup("callback", 1)
+        self._emit = _emitter(on_event, self._callbacks)
         self._max_consecutive_failures = max_consecutive_failures
         self._exit_timeout_secs = exit_timeout_secs
 
-        self._storage = LocalStorage()
-        self._admission = Admission(max_in_flight, when_full)
-        self._order = CommitOrder()
-        self._lock = threading.Lock()  # guards what follows, up to the threads
+        self._lock = threading.RLock()  # guards what follows; reentrant, since signal handlers may save
         self._unsettled: dict[SaveHandle, None] = {}
         self._unseen_failures: list[SaveHandle] = []
         self._num_consecutive_failures = 0
-        self._swept: set[str] = set()
         self._closed = False
         self._pid = os.getpid()
-        self._closing = threading.Event()  # cuts the pauses between retries short
 
-        self._workers = ThreadGroup("worker", num_workers, lambda: lower_priority(nice))
-        self._writers = ThreadGroup("writer", _NUM_WRITER_THREADS, lambda: lower_priority(nice))
+        self._admission = Admission(max_in_flight, when_full)
+        self._queue = SaveQueue(
+            LocalStorage(),
+            num_workers,
+            nice=nice,
+            retries=retries,
+            verify_after_save=verify_after_save,
+            emit=self._emit,
+        )
         self._stagers = ThreadGroup("staging", 1)  # training may be waiting for these two: full priority
         self._copiers = copy_threads()
-        self._callbacks = ThreadGroup("callback", 1)
         self._snapshots = Snapshotter(snapshot, max_in_flight, self._stagers, self._copiers)
-        groups = (self._workers, self._writers, self._stagers, self._copiers, self._callbacks)
-        self._finalizer = weakref.finalize(self, _abandon, groups, self._snapshots, self._pid)
+        self._thread_groups = (*self._queue.thread_groups, self._stagers, self._copiers, self._callbacks)
+        self._finalizer = weakref.finalize(self, _abandon, self._thread_groups, self._snapshots, self._pid)
         self._finalizer.atexit = False
         exit.register(self)
 
@@ -160,33 +159,33 @@ class AsyncCheckpointSaver:
         path = local_path(filepath)
         self._check_usable()
         handle = SaveHandle(path, self._callbacks.put)
-        if not self._admission.enter():
+        place = self._admission.enter()
+        if place is None:
             return self._skip(handle)
-        reserved = 0
         try:
             planned = time.perf_counter()
-            plan = plan_state(checkpoint, self._describe(path, metadata or {}))
+            plan = plan_state(checkpoint, self._describe(path, metadata))
             handle.timings.plan_secs = time.perf_counter() - planned
+            handle.timings.num_bytes = plan.layout.num_bytes
             _warn_of_arrays(plan)
             limit = self._limit()
             streaming = plan.layout.num_bytes > limit
-            reserved = window_bytes(limit) if streaming else plan.layout.num_bytes
-            if not self._admission.reserve(reserved, limit):
-                self._admission.leave(0)
+            if streaming:
+                _warn_of_streaming(plan, limit)
+            window = window_bytes(limit) if streaming else plan.layout.num_bytes
+            if not place.reserve(window, limit):
+                place.leave()
                 return self._skip(handle)
             if streaming:
-                snapshot = self._snapshots.stream(plan, reserved)
+                snapshot = self._snapshots.stream(plan, window)
             else:
                 snapshot = self._snapshots.take(plan, optimizers, modules, handle.timings, lambda: self._staged(handle))
-            num_bytes = plan.layout.num_bytes
-            del plan
-            self._submit(handle, snapshot, num_bytes, reserved)
+            self._submit(handle, snapshot, place)
         except BaseException:
-            self._admission.leave(reserved)
+            place.leave()
             raise
         if streaming:
-            self._explain_streaming(num_bytes, limit)
-            handle.wait_staged()
+            handle.wait_staged()  # which it is when all has been written: until then the state must not change
         handle.timings.blocked_secs = time.perf_counter() - started
         return handle
 
@@ -197,7 +196,7 @@ class AsyncCheckpointSaver:
         the GIL; call it while the data loads, or in a thread. Copies nothing, writes nothing.
         """
         self._check_usable()
-        plan = plan_state(state, self._describe("", {}))
+        plan = plan_state(state, self._describe("", None))
         if plan.layout.num_bytes <= self._limit():
             self._snapshots.prepare(plan)
 
@@ -235,11 +234,11 @@ class AsyncCheckpointSaver:
                 return
             self._closed = True
         deadline = None if timeout is None else time.monotonic() + timeout
-        self._closing.set()
+        self._queue.hurry()
         try:
             self.wait(timeout)
         finally:
-            for group in (self._workers, self._stagers, self._copiers, self._writers, self._callbacks):
+            for group in self._thread_groups:
                 group.stop()
                 group.join(_remaining(deadline))
             self._snapshots.close()
@@ -259,16 +258,16 @@ class AsyncCheckpointSaver:
             # The body's own error is the one to raise; failed saves are in the log already.
             logger.exception("saves failed while another error was on its way")
 
-    # --- from here on: what happens to one save, in order ---
+    # --- what happens to one save, in order ---
 
-    def _describe(self, path: str, metadata: Mapping[str, object]) -> Mapping[str, object]:
+    def _describe(self, path: str, metadata: Mapping[str, object] | None) -> Mapping[str, object]:
         """The JSON record inside the file."""
         return {
             "asyncckpt": __version__,
             "name": os.path.basename(path),
             "created": datetime.now(timezone.utc).isoformat(timespec="microseconds"),
             "torch": str(torch.__version__),
-            "metadata": metadata,
+            "metadata": metadata or {},
         }
 
     def _limit(self) -> int:
@@ -277,65 +276,28 @@ class AsyncCheckpointSaver:
                 self._memory_limit = default_memory_limit()
             return self._memory_limit
 
-    def _submit(self, handle: SaveHandle, snapshot: Snapshot, num_bytes: int, reserved: int) -> None:
-        handle.timings.num_bytes = num_bytes
-        submitted = time.perf_counter()
+    def _submit(self, handle: SaveHandle, snapshot: Snapshot, place: Place) -> None:
         with self._lock:
-            if self._closed:
-                snapshot.release()
-                raise SaverClosedError("the saver was closed while this save was being staged")
-            self._unsettled[handle] = None
-            turn = self._order.enter(os.path.dirname(handle.path))
-            # Put under the lock, so that workers take saves in the order of their turns, and none waits for ever.
-            self._workers.put(lambda: self._process(handle, snapshot, turn, reserved, submitted))
-        self._emit("submitted", handle.path, f"{num_bytes:,} bytes")
+            closed = self._closed
+            if not closed:
+                self._unsettled[handle] = None
+                self._emit("submitted", handle.path, f"{handle.timings.num_bytes:,} bytes")
+                self._queue.submit(handle, snapshot, lambda info, error: self._settle(handle, place, info, error))
+        if closed:
+            snapshot.release()
+            raise SaverClosedError("the saver was closed while this save was being staged")
 
     def _staged(self, handle: SaveHandle) -> None:
         handle.mark_staged()
-        self._emit("staged", handle.path)
+        self._emit("staged", handle.path, "")
 
-    def _process(self, handle: SaveHandle, snapshot: Snapshot, turn: Turn, reserved: int, submitted: float) -> None:
-        """On a worker: write, then settle. Everything is given back before the handle says so."""
-        info: CheckpointInfo | None = None
-        error: BaseException | None = None
-        try:
-            source = snapshot.wait()
-            handle.timings.queue_secs = time.perf_counter() - submitted
-            self._sweep(os.path.dirname(handle.path))
-            job = Job(
-                handle.path,
-                self._storage,
-                source,
-                self._retries,
-                self._verify_after_save,
-                turn.wait,
-                lambda passing: self._emit("retried", handle.path, str(passing)),
-                self._closing,
-                handle.timings,
-            )
-            info = write_checkpoint(job, self._writers)
-        except BaseException as caught:
-            forget_frames(caught)
-            error = caught
-        finally:
-            source = job = None  # type: ignore[assignment]
-            turn.leave()
-            snapshot.release()
-            self._admission.leave(reserved)
-        self._settle(handle, info, error)
-
-    def _sweep(self, directory: str) -> None:
-        """Once per directory: remove what writers that died left there."""
+    def _settle(
+        self, handle: SaveHandle, place: Place, info: CheckpointInfo | None, error: BaseException | None
+    ) -> None:
+        """On a worker, the image's memory being free again; so is the place, before anybody hears of it."""
+        place.leave()
         with self._lock:
-            if directory in self._swept:
-                return
-            self._swept.add(directory)
-        for path in self._storage.sweep(directory):
-            logger.warning("removed %s, left by a writer that died", path)
-            self._emit("swept", path)
-
-    def _settle(self, handle: SaveHandle, info: CheckpointInfo | None, error: BaseException | None) -> None:
-        with self._lock:
+            self._unseen_failures = [failed for failed in self._unseen_failures if not failed.looked_at]
             if error is None:
                 self._num_consecutive_failures = 0
             else:
@@ -347,7 +309,7 @@ class AsyncCheckpointSaver:
         with self._lock:
             del self._unsettled[handle]
         if info is not None:
-            self._emit("committed", handle.path)
+            self._emit("committed", handle.path, "")
             if (on_success := self._on_success) is not None:
                 self._callbacks.put(lambda: on_success(info))
         elif error is not None:
@@ -360,12 +322,6 @@ class AsyncCheckpointSaver:
         handle.settle(None, None)
         self._emit("skipped", handle.path, "no room in flight")
         return handle
-
-    def _emit(self, kind: EventKind, path: str, detail: str = "") -> None:
-        on_event = self._on_event
-        if on_event is not None:
-            event = Event(kind, path, detail)
-            self._callbacks.put(lambda: on_event(event))
 
     def _raise_unseen_failures(self) -> None:
         with self._lock:
@@ -407,13 +363,6 @@ class AsyncCheckpointSaver:
         if self._callbacks.contains_current_thread():
             raise RuntimeError(f"{name}() inside a callback would wait for itself; hand the work to another thread")
 
-    def _explain_streaming(self, num_bytes: int, limit: int) -> None:
-        warnings.warn(
-            f"the state's image ({num_bytes:,} bytes) is over memory_limit ({limit:,} bytes): it is written in pieces, "
-            "and save() blocks until it is durable",
-            stacklevel=3,
-        )
-
     # --- for the exit module ---
 
     def flush_at_exit(self) -> bool:
@@ -439,6 +388,17 @@ def _abandon(groups: Sequence[ThreadGroup], snapshots: Snapshotter, pid: int) ->
         snapshots.close()
 
 
+def _emitter(on_event: Callable[[Event], object] | None, callbacks: ThreadGroup) -> Emit:
+    """Hands events to the callback's thread, without keeping the saver alive."""
+
+    def emit(kind: EventKind, path: str, detail: str) -> None:
+        if on_event is not None:
+            event = Event(kind, path, detail)
+            callbacks.put(lambda: on_event(event))
+
+    return emit
+
+
 def _remaining(deadline: float | None) -> float | None:
     return None if deadline is None else max(0.0, deadline - time.monotonic())
 
@@ -450,6 +410,14 @@ def _warn_of_arrays(plan: Plan) -> None:
             "and with several times their size in memory; torch.from_numpy makes tensors of them without a copy",
             stacklevel=3,
         )
+
+
+def _warn_of_streaming(plan: Plan, limit: int) -> None:
+    warnings.warn(
+        f"the state's image ({plan.layout.num_bytes:,} bytes) is over memory_limit ({limit:,} bytes): it is written in "
+        "pieces, and save() blocks until it is durable",
+        stacklevel=3,
+    )
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

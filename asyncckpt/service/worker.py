@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -25,7 +25,11 @@ _FIRST_PAUSE_SECS = 0.1
 
 @dataclass
 class Job:
-    """An image on its way to a path. `wait_turn` returns once every earlier commit in the same place has settled."""
+    """An image on its way to a path.
+
+    `wait_turn` returns once every earlier commit in the same place has settled; `hurry` cuts the pauses between retries
+    short.
+    """
 
     path: str
     storage: Storage
@@ -34,8 +38,8 @@ class Job:
     verify_after_save: bool
     wait_turn: Callable[[], None]
     on_retry: Callable[[OSError], None]
-    stop: threading.Event
-    timings: Timings = field(default_factory=Timings)
+    hurry: threading.Event
+    timings: Timings
 
 
 def write_checkpoint(job: Job, writers: ThreadGroup) -> CheckpointInfo:
@@ -53,7 +57,7 @@ def write_checkpoint(job: Job, writers: ThreadGroup) -> CheckpointInfo:
                 raise _describe(job, error) from error
             job.on_retry(error)
             forget_frames(error)
-            job.stop.wait(_FIRST_PAUSE_SECS * 2**attempt)
+            job.hurry.wait(_FIRST_PAUSE_SECS * 2**attempt)
     raise AssertionError("unreachable")
 
 

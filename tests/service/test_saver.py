@@ -7,6 +7,7 @@ import concurrent.futures
 import gc
 import logging
 import os
+import signal
 import threading
 import weakref
 from collections.abc import Iterator
@@ -162,6 +163,89 @@ def test_saves_from_many_threads(tmp_path: Path) -> None:
             f"{number}.pt" for number in range(40)
         }
     assert [number_at(tmp_path / f"{number}.pt") for number in range(40)] == list(range(40))
+
+
+def test_a_mapped_checkpoint_is_saved_to_its_own_path(tmp_path: Path) -> None:
+    with AsyncCheckpointSaver() as saver:
+        saver.save(state(1), tmp_path / "a.pt").result()
+        for load in (asyncckpt.load, lambda path: torch.load(path, mmap=True, weights_only=True)):
+            mapped = load(tmp_path / "a.pt")
+            saver.save(mapped, tmp_path / "a.pt").result()
+            assert number_at(tmp_path / "a.pt") == 1
+            assert torch.all(mapped["weights"] == 1)
+
+
+def test_signal_handlers_may_save_in_the_middle_of_a_save(tmp_path: Path) -> None:
+    """As a SIGTERM handler does; nothing that save() holds may make it wait for itself."""
+    num_signals = 0
+    with AsyncCheckpointSaver(max_in_flight=1000) as saver:
+
+        def handle(*args: object) -> None:
+            nonlocal num_signals
+            num_signals += 1
+            saver.save(state(num_signals), tmp_path / "signal.pt")
+
+        before = signal.signal(signal.SIGALRM, handle)
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.002)
+        try:
+            for number in range(300):
+                saver.save(state(number, 100_000), tmp_path / "loop.pt")
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    assert num_signals > 10
+    assert number_at(tmp_path / "loop.pt") == 299
+    assert number_at(tmp_path / "signal.pt") == num_signals
+
+
+def test_an_interrupted_save_leaves_no_copy_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the copiers work is raised once they are done with the memory, and the next save is whole."""
+    started, gate = threading.Event(), threading.Event()
+    copy = torch._foreach_copy_
+
+    def held(*args: Any) -> None:
+        started.set()
+        assert gate.wait(60)
+        copy(*args)
+
+    def interrupt() -> None:
+        started.wait()
+        signal.raise_signal(signal.SIGINT)
+        threading.Timer(0.2, gate.set).start()
+
+    with AsyncCheckpointSaver(max_in_flight=1, when_full="raise") as saver:
+        saver.prepare(state(1, 1_000_000))
+        monkeypatch.setattr(torch, "_foreach_copy_", held)
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            saver.save(state(1, 1_000_000), tmp_path / "a.pt")
+        assert gate.is_set()
+        saver.save(state(2, 1_000_000), tmp_path / "a.pt").result()
+    assert number_at(tmp_path / "a.pt") == 2
+
+
+def test_close_while_another_thread_saves(tmp_path: Path) -> None:
+    """That save is refused; its image is given back only when it is no longer being filled."""
+    saver = AsyncCheckpointSaver(max_in_flight=1)
+    errors: list[BaseException] = []
+
+    def blocked() -> None:
+        try:
+            saver.save(state(2), tmp_path / "b.pt")
+        except SaverClosedError as error:
+            errors.append(error)
+
+    with disk_held() as gate:
+        saver.save(state(1), tmp_path / "a.pt")
+        thread = threading.Thread(target=blocked)
+        thread.start()
+        thread.join(0.1)
+        with pytest.raises(WaitTimeoutError):
+            saver.close(0.01)
+        gate.set()
+        thread.join(60)
+    assert len(errors) == 1
+    assert os.listdir(tmp_path) == ["a.pt"]
 
 
 def test_verify_after_save_catches_what_the_disk_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
