@@ -45,7 +45,8 @@ class TornSnapshotError(CheckpointError, RuntimeError):
 
 
 class CheckpointWriteError(CheckpointError, OSError):
-    """The checkpoint did not become durable. What was at the path before is still there, whole.
+    """The checkpoint did not become durable. At the path is what was there before, whole (or, if only the very last
+    sync failed, the new file, whole but not proven durable).
 
     `failures` lists every failed save when a barrier (`wait`, `close`) reports more than one.
     """

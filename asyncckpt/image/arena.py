@@ -155,9 +155,9 @@ def _create_memfd(num_bytes: int) -> int | None:
         return None
     try:
         os.ftruncate(fd, num_bytes)
-    except BaseException:
+    except OSError:  # over `ulimit -f`, which counts it as a file
         os.close(fd)
-        raise
+        return None
     return fd
 
 

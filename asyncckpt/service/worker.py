@@ -79,6 +79,7 @@ def _write_once(job: Job, writers: ThreadGroup) -> CheckpointInfo:
         job.wait_turn()
         upload.commit()
         timings.commit_secs = time.perf_counter() - synced
+        writers.put(upload.close)
     except BaseException:
         upload.abort()
         raise
@@ -122,6 +123,7 @@ def _describe(job: Job, error: OSError) -> CheckpointWriteError:
 _HINTS = {
     errno.ENOSPC: "; free some space, the next save tries again",
     errno.EDQUOT: "; the quota is used up, the next save tries again once there is room",
+    errno.EFBIG: "; files of this size are not allowed here (ulimit -f)",
     errno.EACCES: "; the directory must be writable by this user",
     errno.EROFS: "; the file system is mounted read-only",
     errno.EISDIR: "; there is a directory at this path",

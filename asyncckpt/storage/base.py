@@ -43,6 +43,9 @@ class Upload(ABC):
     def abort(self) -> None:
         """Throw the upload away. Safe after an error and after `commit`; never raises OSError."""
 
+    def close(self) -> None:  # noqa: B027
+        """Give up what is still held after `commit`. It may take a while; nobody needs to wait for it."""
+
 
 class Reader(ABC):
     """One open file: it stays the same file whatever is renamed or deleted around it. Thread-safe but for `close`."""

@@ -62,6 +62,7 @@ class LocalUpload(Upload):
         self._file, self._temporary = _create_locked(path)
         self._direct_file = -1
         self._direct_refused = False
+        self._replaced_file = -1
         _uploads.add(self)
         try:
             system_calls.allocate(self._file, num_bytes)
@@ -107,10 +108,14 @@ class LocalUpload(Upload):
             raise OSError(errno.EIO, "the temporary file changed size before it was committed")
         # The directory is opened first, so that once the file is visible only the sync itself can fail.
         with _open_directory(self._directory) as directory:
+            self._replaced_file = _keep(self._path)
             system_calls.rename(self._temporary, self._path)
             self._temporary = ""
             _sync_entries(directory)
-        self.close_descriptors()
+        self._close("_direct_file", "_file")
+
+    def close(self) -> None:
+        self._close("_replaced_file")
 
     def abort(self) -> None:
         if self._temporary:
@@ -120,8 +125,11 @@ class LocalUpload(Upload):
         self.close_descriptors()
 
     def close_descriptors(self) -> None:
-        """Close what is open; the last one gives up the lock. A forked child does only this."""
-        for name in ("_direct_file", "_file"):
+        """Close whatever is open; a forked child does only this."""
+        self._close("_direct_file", "_file", "_replaced_file")
+
+    def _close(self, *names: str) -> None:
+        for name in names:
             fd = getattr(self, name)
             setattr(self, name, -1)
             if fd != -1:
@@ -225,6 +233,16 @@ def _lock_if_supported(fd: int) -> bool:
         if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             return True  # a network file system without locks: the sweeper can't lock it either, and leaves it alone
         raise
+
+
+def _keep(path: str) -> int:
+    """Hold on to the file that a rename will replace: freeing its blocks within the rename took a quarter of a save."""
+    if not hasattr(os, "O_PATH"):
+        return -1
+    try:
+        return system_calls.open_file(path, os.O_PATH | os.O_NOFOLLOW)
+    except OSError:
+        return -1
 
 
 def _open_direct(path: str) -> int:

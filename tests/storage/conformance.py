@@ -1,0 +1,360 @@
+"""The contract of storage/base.py as tests: every kind of storage subclasses `StorageConformance`.
+
+A subclass says how to make the storage, and how to look at files by other means than the code under test.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import random
+import subprocess
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncckpt.storage.base import Storage, Upload
+
+# What a view's memory may be like: page-aligned, off by one, or not writable (so that not even its address is had).
+VIEWS = ("aligned", "unaligned", "readonly")
+SIZES: dict[str, Callable[[int], int]] = {
+    "0": lambda piece: 0,
+    "1": lambda piece: 1,
+    "4095": lambda piece: 4095,
+    "4096": lambda piece: 4096,
+    "4097": lambda piece: 4097,
+    "100,001": lambda piece: 100_001,
+    "piece - 1": lambda piece: piece - 1,
+    "piece": lambda piece: piece,
+    "piece + 1": lambda piece: piece + 1,
+    "2 pieces + 4097": lambda piece: 2 * piece + 4097,
+}
+
+
+def make_content(num_bytes: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(num_bytes)
+
+
+def as_view(content: bytes, kind: str) -> memoryview:
+    if kind == "readonly":
+        return memoryview(content)
+    shift = 1 if kind == "unaligned" else 0
+    pages = mmap.mmap(-1, len(content) + 4096)
+    view = memoryview(pages)[shift : shift + len(content)]
+    view[:] = content
+    assert not content or ctypes.addressof(ctypes.c_char.from_buffer(view)) % 4096 == shift
+    return view
+
+
+def write_in_pieces(upload: Upload, view: memoryview, piece_bytes: int, *, num_threads: int = 1) -> None:
+    """Write pieces in random order, each byte once."""
+    offsets = list(range(0, len(view), piece_bytes))
+    random.Random(len(view)).shuffle(offsets)
+    with ThreadPoolExecutor(num_threads) as threads:
+        list(threads.map(lambda offset: upload.write(offset, view[offset : offset + piece_bytes]), offsets))
+
+
+def put_by_upload(storage: Storage, path: str, content: bytes) -> None:
+    upload = storage.begin(path, len(content))
+    write_in_pieces(upload, as_view(content, "aligned"), upload.piece_bytes)
+    upload.sync()
+    upload.commit()
+
+
+class StorageConformance(ABC):
+    """The inherited tests. `place` is an empty directory (or prefix) that exists."""
+
+    storage_class: str  # "module:name", so that another process can make the same storage
+    options: Mapping[str, Any]
+
+    @pytest.fixture
+    def storage(self) -> Storage:
+        module, name = self.storage_class.split(":")
+        storage: Storage = getattr(sys.modules[module], name)(**self.options)
+        return storage
+
+    @pytest.fixture
+    @abstractmethod
+    def place(self) -> Any: ...
+
+    @abstractmethod
+    def put(self, path: str, content: bytes) -> None:
+        """Make a file by other means."""
+
+    @abstractmethod
+    def get(self, path: str) -> bytes | None:
+        """A file's content by other means; None when there is none."""
+
+    @abstractmethod
+    def list_names(self, directory: str) -> set[str]:
+        """Everything in a directory, half-written files included, by other means."""
+
+    @abstractmethod
+    def remove(self, path: str) -> None:
+        """Remove a file by other means."""
+
+    @contextmanager
+    def uploading_process(self, path: str) -> Iterator[subprocess.Popen[str]]:
+        """Another process with a half-written upload to `path`; killed at the end, if it still runs."""
+        script = Path(__file__).with_name("uploader.py")
+        command = [sys.executable, str(script), self.storage_class, json.dumps(dict(self.options)), path]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            try:
+                assert process.stdout.readline() == "holding\n"
+                yield process
+            finally:
+                process.kill()
+
+    def leave_dead_upload(self, path: str) -> None:
+        """What a writer that was SIGKILLed leaves."""
+        with self.uploading_process(path):
+            pass
+
+    # --- writing ---
+
+    @pytest.mark.parametrize("view_kind", VIEWS)
+    @pytest.mark.parametrize("size", SIZES)
+    def test_what_is_written_is_there(self, storage: Storage, place: str, size: str, view_kind: str) -> None:
+        """Files of any size, from memory of any kind, come out as they went in."""
+        probe = storage.begin(f"{place}/probe", 0)
+        probe.abort()
+        content = make_content(SIZES[size](probe.piece_bytes))
+        upload = storage.begin(f"{place}/file", len(content))
+        write_in_pieces(upload, as_view(content, view_kind), upload.piece_bytes, num_threads=2)
+        upload.sync()
+        upload.commit()
+        assert self.get(f"{place}/file") == content
+        assert self.list_names(place) == {"file"}
+
+    @pytest.mark.parametrize("piece_bytes", [1000, 4096, 12345, 65536])
+    def test_pieces_in_any_order_from_several_threads(self, storage: Storage, place: str, piece_bytes: int) -> None:
+        """Pieces may be written at any offset, aligned or not, in any order, at once."""
+        content = make_content(300_001)
+        upload = storage.begin(f"{place}/file", len(content))
+        write_in_pieces(upload, as_view(content, "aligned"), piece_bytes, num_threads=8)
+        upload.sync()
+        upload.commit()
+        assert self.get(f"{place}/file") == content
+
+    def test_it_says_how_it_likes_to_be_written(self, storage: Storage, place: str) -> None:
+        """Pieces are whole pages, and at least one thread is useful."""
+        upload = storage.begin(f"{place}/file", 1)
+        upload.abort()
+        assert upload.piece_bytes > 0
+        assert upload.piece_bytes % 4096 == 0
+        assert upload.num_threads >= 1
+
+    def test_missing_directories_are_made(self, storage: Storage, place: str) -> None:
+        """A path may lie any number of missing levels deep."""
+        put_by_upload(storage, f"{place}/a/b/c/file", b"deep")
+        assert self.get(f"{place}/a/b/c/file") == b"deep"
+
+    # --- commit and abort ---
+
+    def test_nothing_is_visible_before_commit(self, storage: Storage, place: str) -> None:
+        """Neither begin nor write nor sync show a file, or touch the old one."""
+        for old in (None, b"old"):
+            if old is not None:
+                self.put(f"{place}/file", old)
+            upload = storage.begin(f"{place}/file", 3)
+            assert self.get(f"{place}/file") == old
+            upload.write(0, memoryview(b"new"))
+            assert self.get(f"{place}/file") == old
+            upload.sync()
+            assert self.get(f"{place}/file") == old
+            upload.abort()
+            assert self.get(f"{place}/file") == old
+
+    def test_replaced_in_one_act(self, storage: Storage, place: str) -> None:
+        """Whoever opens the path while it is replaced finds one whole file every time, never two halves or none."""
+        path = f"{place}/file"
+        self.put(path, bytes([0]) * 50_000)
+        done = threading.Event()
+
+        def look() -> set[int]:
+            seen: set[int] = set()
+            while not done.is_set():
+                with storage.open(path) as reader:
+                    view = memoryview(bytearray(reader.num_bytes))
+                    reader.read_into(0, view)
+                numbers = set(view)
+                assert len(numbers) == 1
+                assert reader.num_bytes == 50_000 + max(numbers)
+                seen |= numbers
+            return seen
+
+        with ThreadPoolExecutor(1) as thread:
+            looking = thread.submit(look)
+            try:
+                for number in range(1, 40):
+                    put_by_upload(storage, path, bytes([number]) * (50_000 + number))
+            finally:
+                done.set()
+            assert looking.result(60)
+
+    @pytest.mark.parametrize("progress", ["begun", "half written", "written", "synced"])
+    @pytest.mark.parametrize("old", [None, b"old"])
+    def test_abort_leaves_the_old_file_and_nothing_else(
+        self, storage: Storage, place: str, progress: str, old: bytes | None
+    ) -> None:
+        """However far an upload got, abort removes every trace of it; a second abort changes nothing."""
+        if old is not None:
+            self.put(f"{place}/file", old)
+        upload = storage.begin(f"{place}/file", 10_000)
+        if progress != "begun":
+            upload.write(0, memoryview(bytearray(5000)))
+        if progress in ("written", "synced"):
+            upload.write(5000, memoryview(bytearray(5000)))
+        if progress == "synced":
+            upload.sync()
+        upload.abort()
+        upload.abort()
+        assert self.get(f"{place}/file") == old
+        assert self.list_names(place) == ({"file"} if old is not None else set())
+
+    def test_abort_after_commit_is_harmless(self, storage: Storage, place: str) -> None:
+        """Not even a file committed to the same path by another upload meanwhile is touched."""
+        first = storage.begin(f"{place}/file", 5)
+        first.write(0, memoryview(b"first"))
+        first.sync()
+        first.commit()
+        first.abort()
+        assert self.get(f"{place}/file") == b"first"
+        put_by_upload(storage, f"{place}/file", b"second")
+        first.abort()
+        assert self.get(f"{place}/file") == b"second"
+        assert self.list_names(place) == {"file"}
+
+    def test_uploads_to_one_path_do_not_meet(self, storage: Storage, place: str) -> None:
+        """Two uploads to one path at a time: the last commit wins, whole."""
+        uploads = [storage.begin(f"{place}/file", 6) for _ in range(2)]
+        for upload, content in zip(uploads, (b"first.", b"second"), strict=True):
+            upload.write(0, memoryview(content))
+            upload.sync()
+        uploads[1].commit()
+        uploads[0].commit()
+        assert self.get(f"{place}/file") == b"first."
+        assert self.list_names(place) == {"file"}
+
+    # --- reading ---
+
+    def test_reads_back_before_commit(self, storage: Storage, place: str) -> None:
+        """What was written can be checked before anyone sees it."""
+        content = make_content(20_000)
+        upload = storage.begin(f"{place}/file", len(content))
+        write_in_pieces(upload, as_view(content, "aligned"), 8192)
+        upload.sync()
+        with upload.reader() as reader:
+            view = memoryview(bytearray(reader.num_bytes))
+            reader.read_into(0, view)
+        assert bytes(view) == content
+        upload.commit()
+        assert self.get(f"{place}/file") == content
+
+    def test_reads_any_range(self, storage: Storage, place: str) -> None:
+        """Ranges of any offset and length, also from several threads at once."""
+        content = make_content(100_000)
+        self.put(f"{place}/file", content)
+        with storage.open(f"{place}/file") as reader, ThreadPoolExecutor(4) as threads:
+            assert reader.num_bytes == len(content)
+
+            def read(offset: int, num_bytes: int) -> bytes:
+                view = memoryview(bytearray(num_bytes))
+                reader.read_into(offset, view)
+                return bytes(view)
+
+            ranges = [(0, 0), (0, 1), (4095, 2), (99_999, 1), (100_000, 0), (0, 100_000), (12_345, 54_321)] * 5
+            for (offset, num_bytes), found in zip(ranges, threads.map(lambda args: read(*args), ranges), strict=True):
+                assert found == content[offset : offset + num_bytes]
+
+    @pytest.mark.parametrize(("offset", "num_bytes"), [(0, 101), (100, 1), (99, 2), (1000, 1)])
+    def test_past_the_end_is_an_error(self, storage: Storage, place: str, offset: int, num_bytes: int) -> None:
+        """A file that is shorter than expected never reads as zeros."""
+        self.put(f"{place}/file", make_content(100))
+        with storage.open(f"{place}/file") as reader, pytest.raises(EOFError):
+            reader.read_into(offset, memoryview(bytearray(num_bytes)))
+
+    def test_a_reader_stays_with_its_file(self, storage: Storage, place: str) -> None:
+        """Replacing and removing what is at the path does not disturb who has it open."""
+        self.put(f"{place}/file", b"old content")
+        with storage.open(f"{place}/file") as reader:
+            put_by_upload(storage, f"{place}/file", b"new")
+            view = memoryview(bytearray(11))
+            reader.read_into(0, view)
+            self.remove(f"{place}/file")
+            again = memoryview(bytearray(7))
+            reader.read_into(4, again)
+        assert bytes(view) == b"old content"
+        assert bytes(again) == b"content"
+
+    @pytest.mark.parametrize("name", ["missing", "missing/too"])
+    def test_opening_nothing(self, storage: Storage, place: str, name: str) -> None:
+        """A missing file, or directory, is FileNotFoundError."""
+        with pytest.raises(FileNotFoundError):
+            storage.open(f"{place}/{name}")
+
+    # --- sweeping ---
+
+    def test_sweeps_what_a_killed_writer_left(self, storage: Storage, place: str) -> None:
+        """Its temporary file goes, its destination and other files stay; a second sweep finds nothing."""
+        self.put(f"{place}/file", b"old")
+        self.put(f"{place}/other", b"other")
+        self.leave_dead_upload(f"{place}/file")
+        left = self.list_names(place) - {"file", "other"}
+        assert left, "the killed writer should have left something"
+        assert storage.sweep(place) == [f"{place}/{name}" for name in left]
+        assert self.list_names(place) == {"file", "other"}
+        assert self.get(f"{place}/file") == b"old"
+        assert storage.sweep(place) == []
+
+    def test_never_sweeps_the_living(self, storage: Storage, place: str) -> None:
+        """Uploads under way in this process and in another one go on to their commits."""
+        mine = storage.begin(f"{place}/mine", 4)
+        with self.uploading_process(f"{place}/theirs") as process:
+            assert storage.sweep(place) == []
+            mine.write(0, memoryview(b"mine"))
+            mine.sync()
+            assert storage.sweep(place) == []
+            mine.commit()
+            process.communicate("go on\n")
+        assert self.list_names(place) == {"mine", "theirs"}
+        assert self.get(f"{place}/mine") == b"mine"
+        assert storage.sweep(place) == []
+
+    def test_sweeps_only_that_directory(self, storage: Storage, place: str) -> None:
+        """Not its subdirectories: they have writers of their own."""
+        self.leave_dead_upload(f"{place}/sub/file")
+        assert storage.sweep(place) == []
+        assert len(storage.sweep(f"{place}/sub")) == 1
+
+    def test_never_sweeps_other_names(self, storage: Storage, place: str) -> None:
+        """A file that only looks similar is somebody else's."""
+        token = "0123456789abcdef"
+        names = {
+            f".asyncckpt-{token}-file",
+            f".asyncckpt-{token}.tmp",
+            f".asyncckpt-{token[:-1]}-file.tmp",
+            f".asyncckpt-{token.upper()}-file.tmp",
+            f"asyncckpt-{token}-file.tmp",
+            ".asyncckpt-notes.tmp",
+            "file.tmp",
+            ".tmp",
+        }
+        for name in names:
+            self.put(f"{place}/{name}", b"theirs")
+        assert storage.sweep(place) == []
+        assert self.list_names(place) == names
+
+    def test_sweeping_nothing(self, storage: Storage, place: str) -> None:
+        """A directory that is empty, missing, or a file is swept at once."""
+        self.put(f"{place}/file", b"")
+        assert [storage.sweep(path) for path in (place, f"{place}/missing", f"{place}/file")] == [[], [], []]
