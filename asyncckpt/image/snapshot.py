@@ -81,8 +81,9 @@ class Snapshotter:
         arena = self._pool.acquire(plan.layout.num_bytes)
         try:
             stage_contents(plan, arena.buffer)
-            at_once = StorageCopies(plan, arena, set(range(len(plan.storages))) - late_keys, self._copiers)
-            late = StorageCopies(plan, arena, late_keys, self._copiers)
+            rest = set(range(len(plan.storages))) - late_keys
+            at_once = StorageCopies(plan, arena, rest, self._copiers, beside_training=False)
+            late = StorageCopies(plan, arena, late_keys, self._copiers, beside_training=True)
             at_once.start()
             if late_keys:
                 at_once.wait_on_devices()  # device memory is safe then from all that is queued later

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from asyncckpt.image.plan import Plan
 from asyncckpt.threads import ThreadGroup
 
 _MAX_COPY_THREADS = 8
+_LARGE_BYTES = 1 << 20
 _PART_BYTES = 8 << 20
 _BATCH_BYTES = 16 << 20  # small enough that threads end together, large enough to take the GIL rarely
 
@@ -43,22 +44,28 @@ class StorageCopies:
 
     `start` queues the device copies, `copy_host` makes the host ones, `synchronize` waits for the device ones. Between
     them, `wait_on_devices` makes the devices' current streams wait for the copies, without blocking the CPU.
+
+    Copies made `beside_training` are batched into few native calls, so that the GIL is taken rarely. While the trainer
+    waits it is free, and a memmove per part is a sixth faster, since it writes past the caches.
     """
 
-    def __init__(self, plan: Plan, arena: Arena, keys: Iterable[int], copiers: ThreadGroup) -> None:
-        wanted = frozenset(keys)
-        on_host: list[_Target] = []
+    def __init__(
+        self, plan: Plan, arena: Arena, keys: Set[int], copiers: ThreadGroup, *, beside_training: bool
+    ) -> None:
+        in_batches: list[_Target] = []
+        self._moves: list[_Move] = []
         on_device: dict[torch.device, list[_Target]] = {}
-        key = -1
-        for record, content in zip(plan.layout.records, plan.contents, strict=True):
-            if isinstance(content, UntypedStorage):
-                key += 1
-                if key in wanted and record.num_bytes:
-                    group = on_device.setdefault(content.device, []) if content.device.type == "cuda" else on_host
-                    group.append(_Target(record.offset, record.num_bytes, content))
-        with torch.no_grad():
+        for target in _targets(plan, keys):
+            device = target.storage.device
+            if device.type == "cuda":
+                on_device.setdefault(device, []).append(target)
+            elif device.type == "cpu" and target.num_bytes >= _LARGE_BYTES and not beside_training:
+                self._moves += _moves(arena.address, target)
+            else:
+                in_batches.append(target)
+        with _plain_mode():
             image = torch.frombuffer(arena.buffer, dtype=torch.uint8)
-            self._host = _split_up(*_pair_up(image, on_host))
+            self._batches = _batches(*_split_up(*_pair_up(image, in_batches)))
             self._devices = {device: _pair_up(image, group) for device, group in on_device.items()}
         self._events: dict[torch.device, torch.cuda.Event] = {}
         self._copiers = copiers
@@ -70,7 +77,7 @@ class StorageCopies:
         for device, (destinations, sources) in self._devices.items():
             stream = _side_stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream), torch.no_grad():
+            with torch.cuda.stream(stream), _plain_mode():
                 torch._foreach_copy_(destinations, sources, non_blocking=True)
                 self._events[device] = stream.record_event()
             for source in sources:
@@ -84,24 +91,33 @@ class StorageCopies:
     @property
     def needs_host(self) -> bool:
         """Whether any of the copies is made by a CPU thread, so that a fence must block until it is."""
-        return bool(self._host[0])
+        return bool(self._batches or self._moves)
 
     def copy_host(self) -> None:
         """Copy host memory. Blocks, without the GIL."""
-        batches = _batches(*self._host)
+        batches, moves = iter(self._batches), iter(self._moves)
 
-        def copy_batches() -> None:
-            with torch.no_grad():
-                for destinations, sources in batches:  # shared: each thread takes the next one
+        def copy() -> None:  # on each thread; the iterators are shared, so each takes what comes next
+            for destination, source, num_bytes in moves:
+                ctypes.memmove(destination, source, num_bytes)
+            with _plain_mode():
+                for destinations, sources in batches:
                     torch._foreach_copy_(destinations, sources)
 
-        if self._host[0]:
-            self._copiers.run_on_all(copy_batches)
+        if self.needs_host:
+            self._copiers.run_on_all(copy)
 
     def synchronize(self) -> None:
         """Wait until the device copies are there. Blocks, without the GIL."""
         for event in self._events.values():
             event.synchronize()
+
+
+@contextlib.contextmanager
+def _plain_mode() -> Iterator[None]:
+    """Views made in the caller's inference mode could not be written to by other threads."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def find_torn(versions: Iterable[tuple[torch.Tensor, int]]) -> TornSnapshotError | None:
@@ -156,7 +172,26 @@ class _Target(NamedTuple):
     storage: UntypedStorage
 
 
-_Pairs = tuple[list[torch.Tensor], list[torch.Tensor]]
+_Move = tuple[int, int, int]  # to address, from address, bytes
+_Pairs = tuple[list[torch.Tensor], list[torch.Tensor]]  # destinations, sources
+
+
+def _targets(plan: Plan, keys: Set[int]) -> Iterator[_Target]:
+    if not keys:
+        return
+    key = -1
+    for record, content in zip(plan.layout.records, plan.contents, strict=True):
+        if isinstance(content, UntypedStorage):
+            key += 1
+            if key in keys and record.num_bytes:
+                yield _Target(record.offset, record.num_bytes, content)
+
+
+def _moves(arena_address: int, target: _Target) -> Iterator[_Move]:
+    """A large storage in parts, so that several threads share it."""
+    to, source = arena_address + target.offset, target.storage.data_ptr()
+    for start in range(0, target.num_bytes, _PART_BYTES):
+        yield to + start, source + start, min(_PART_BYTES, target.num_bytes - start)
 
 
 def _pair_up(image: torch.Tensor, targets: Sequence[_Target]) -> _Pairs:
@@ -184,8 +219,8 @@ def _split_up(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> 
     return parts(destinations), parts(sources)
 
 
-def _batches(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> Iterator[_Pairs]:
-    """Runs of about `_BATCH_BYTES`; thread-safe, since the list is complete before anybody iterates."""
+def _batches(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> list[_Pairs]:
+    """Runs of about `_BATCH_BYTES`."""
     batches: list[_Pairs] = []
     start, num_bytes = 0, 0
     for stop, source in enumerate(sources, 1):
@@ -193,7 +228,7 @@ def _batches(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> I
         if num_bytes >= _BATCH_BYTES or stop == len(sources):
             batches.append((destinations[start:stop], sources[start:stop]))
             start, num_bytes = stop, 0
-    return iter(batches)
+    return batches
 
 
 _side_streams: dict[torch.device, torch.cuda.Stream] = {}

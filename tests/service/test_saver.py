@@ -214,13 +214,13 @@ def test_an_interrupted_save_leaves_no_copy_running(tmp_path: Path, monkeypatch:
         threading.Timer(0.2, gate.set).start()
 
     with AsyncCheckpointSaver(max_in_flight=1, when_full="raise") as saver:
-        saver.prepare(state(1, 1_000_000))
+        saver.prepare(state(1, 100_000))
         monkeypatch.setattr(torch, "_foreach_copy_", held)
         threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
-            saver.save(state(1, 1_000_000), tmp_path / "a.pt")
+            saver.save(state(1, 100_000), tmp_path / "a.pt")
         assert gate.is_set()
-        saver.save(state(2, 1_000_000), tmp_path / "a.pt").result()
+        saver.save(state(2, 100_000), tmp_path / "a.pt").result()
     assert number_at(tmp_path / "a.pt") == 2
 
 
