@@ -120,6 +120,11 @@ def _run_logged(action: Callable[[], object]) -> None:
         logger.exception("error in a background action")
 
 
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def lower_priority(nice: int) -> None:
     """Let everybody else have the cores first, where a thread has a priority of its own (Linux)."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap as mmap_module
 import os
 import pickle
@@ -83,12 +84,14 @@ def local_path(path: str | os.PathLike[str]) -> str:
 
 
 def _open(path: str) -> LocalReader:
-    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for its writer
-        raise CorruptCheckpointError(f"{path} is a directory or a device, not a checkpoint file")
     try:
         return LocalStorage().open(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFoundError(f"there is no checkpoint at {path}") from error
+    except OSError as error:
+        if error.errno in (errno.EISDIR, errno.ENXIO):
+            raise CorruptCheckpointError(f"{path} is a directory or a device, not a checkpoint file") from error
+        raise
 
 
 def _check(reader: Reader, path: str) -> bool:

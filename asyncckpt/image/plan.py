@@ -1,8 +1,8 @@
 """Planning: pickle the state with its storages by reference, and lay out the whole file.
 
-The pickle is the one that torch.save writes, byte for byte (a test holds this against the installed torch, kind by
-kind); only plain tensors, which are nearly all of them, take a shorter way to the same bytes. After planning, nothing
-but the storages' bytes is still shared with live training state.
+The pickle is the one that torch.save writes, for CPU state byte for byte (a test holds this against the installed
+torch, kind by kind); only plain tensors, which are nearly all of them, take a shorter way to the same bytes. After
+planning, nothing but the storages' bytes is still shared with live training state.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pickle
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,31 @@ def plan_state(state: object, metadata: Mapping[str, object] | None = None) -> P
         return _lay_out(pickled.getvalue(), pickler, metadata or {})
 
 
+def find_unsafe(state: object, plan: Plan) -> tuple[str, str] | None:
+    """The path of what a safe load (`weights_only=True`) of the planned state would refuse, and why; None if nothing.
+
+    What the user allowed by `torch.serialization.add_safe_globals` is safe.
+    """
+    allowed = _allowed_globals()
+    if plan.globals <= allowed:
+        return None
+
+    def is_unsafe(pickler: _StatePickler, child: object) -> bool:
+        pickler.dump(child)
+        return not pickler.globals <= allowed
+
+    path, _ = _innermost(state, "state", is_unsafe)
+    return _shortened(path), min(plan.globals - allowed)
+
+
+def _allowed_globals() -> frozenset[str]:
+    names = set(torch._weights_only_unpickler._get_allowed_globals())
+    for allowed in torch.serialization.get_safe_globals():
+        thing, name = allowed if isinstance(allowed, tuple) else (allowed, None)
+        names.add(name or f"{thing.__module__}.{thing.__qualname__}")
+    return frozenset(names)
+
+
 @contextlib.contextmanager
 def _collector_paused() -> Iterator[None]:
     """Planning only allocates; scanning that over and over for cycles was half the time at 100,000 tensors."""
@@ -93,7 +118,10 @@ def _lay_out(pickled: bytes, pickler: _StatePickler, metadata: Mapping[str, obje
         sizes.append((f"data/{key}", storage.nbytes()))
     contents.extend(pickler.storages)
     # The digest is a fixed number of characters, so that the layout it describes doesn't depend on it.
-    description = msgspec.json.encode({**metadata, "layout_digest": _NO_DIGEST})
+    try:
+        description = msgspec.json.encode({**metadata, "layout_digest": _NO_DIGEST})
+    except (TypeError, ValueError, msgspec.MsgspecError) as error:
+        raise UnsupportedStateError(f"metadata must be plain data that JSON can hold: {error}") from error
     sizes.append(("version", 2))
     sizes.append((".data/serialization_id", SERIALIZATION_ID_BYTES))
     sizes.append((METADATA_RECORD, len(description)))
@@ -250,32 +278,42 @@ def _plain_storage_type(tensor: torch.Tensor) -> type | None:
 
 def _explain(state: object, error: Exception) -> UnsupportedStateError:
     """Find the innermost element that can't be pickled, and name its path."""
-    path, culprit = _innermost(state, "state")
-    if len(path) > _MAX_PATH_CHARS:
-        path = f"{path[: _MAX_PATH_CHARS // 2]} … {path[-_MAX_PATH_CHARS // 2 :]}"
+
+    def fails(pickler: _StatePickler, child: object) -> bool:
+        try:
+            pickler.dump(child)
+        except Exception:
+            return True
+        return False
+
+    path, culprit = _innermost(state, "state", fails)
+    kind = f"{type(culprit).__module__}.{type(culprit).__qualname__}"
     return UnsupportedStateError(
-        f"{path} can't be saved: {error} (it is a {type(culprit).__module__}.{type(culprit).__qualname__}); "
-        "remove it from the state, or save its state_dict() in its place"
+        f"{_shortened(path)} can't be saved: {error} (it is a {kind}); remove it from the state, or save its "
+        "state_dict() in its place"
     )
 
 
-def _innermost(value: object, path: str) -> tuple[str, object]:
-    """Descend into the first child that fails after all that comes before it: two views may be fine one by one."""
+def _innermost(value: object, path: str, is_culprit: Callable[[_StatePickler, object], bool]) -> tuple[str, object]:
+    """Descend into the first child that is a culprit after what comes before it: two views may be fine one by one."""
     before: list[object] = []
     for _ in range(_MAX_PATH_LEVELS):  # an object may hold itself, and a list may be too deep
-        children = _children(value, path)
         pickler = _StatePickler(io.BytesIO())
         pickler.dump(before)
-        for child_path, child in children:
-            try:
-                pickler.dump(child)
-            except Exception:
+        for child_path, child in _children(value, path):
+            if is_culprit(pickler, child):
                 path, value = child_path, child
                 break
             before.append(child)
         else:
             break
     return path, value
+
+
+def _shortened(path: str) -> str:
+    if len(path) <= _MAX_PATH_CHARS:
+        return path
+    return f"{path[: _MAX_PATH_CHARS // 2]} … {path[-_MAX_PATH_CHARS // 2 :]}"
 
 
 def _children(value: object, path: str) -> list[tuple[str, object]]:
@@ -286,7 +324,9 @@ def _children(value: object, path: str) -> list[tuple[str, object]]:
         return [(f"{path}[{index}]", child) for index, child in enumerate(value)]
     if isinstance(value, (set, frozenset)):
         return [(f"an element of {path}", child) for child in value]
+    if isinstance(value, (type, types.ModuleType, types.FunctionType, BaseException)):
+        return []  # not pickled by their attributes (and looking at an exception's would give it some)
     attributes = getattr(value, "__dict__", None)
-    if isinstance(attributes, dict) and not isinstance(value, (type, types.ModuleType, types.FunctionType)):
+    if isinstance(attributes, dict):
         return [(f"{path}.{name}", child) for name, child in attributes.items()]
     return []

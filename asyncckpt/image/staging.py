@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import re
 import sys
 import warnings
@@ -24,7 +23,7 @@ from torch.storage import UntypedStorage
 from asyncckpt.errors import TornSnapshotError
 from asyncckpt.image.arena import Arena
 from asyncckpt.image.plan import Plan
-from asyncckpt.threads import ThreadGroup
+from asyncckpt.threads import ThreadGroup, num_cores
 
 _MAX_COPY_THREADS = 8
 _LARGE_BYTES = 1 << 20
@@ -145,8 +144,7 @@ def warm(arena: Arena, num_bytes: int, *, pin: bool) -> None:
 
 def copy_threads() -> ThreadGroup:
     """As many threads as it takes to use up the memory's bandwidth, each copying by itself."""
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ThreadGroup("copier", min(_MAX_COPY_THREADS, num_cores), _leave_openmp_alone)
+    return ThreadGroup("copier", min(_MAX_COPY_THREADS, num_cores()), _leave_openmp_alone)
 
 
 def _leave_openmp_alone() -> None:

@@ -7,7 +7,6 @@ padding and directory are checked too; files of torch.save get their records' ch
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from asyncckpt.errors import CorruptCheckpointError
 from asyncckpt.image.layout import METADATA_RECORD, Layout, central_directory, local_header, plan_layout
 from asyncckpt.records import VerifyReport
 from asyncckpt.storage.base import Reader
+from asyncckpt.threads import num_cores
 
 READ_BYTES = 4 << 20  # fits the second-level cache: the checksum then runs at its speed
 _MAX_PROBLEMS = 20
@@ -90,7 +90,7 @@ def verify_reader(reader: Reader, path: str, *, num_threads: int = 1) -> VerifyR
 
 def default_num_threads() -> int:
     """Enough to read faster than one thread can, without flooding a large machine."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(8, num_cores())
 
 
 def read_archive(reader: Reader) -> Archive:

@@ -18,7 +18,7 @@ import torch
 from asyncckpt.errors import CheckpointWriteError, SaverClosedError, WaitTimeoutError
 from asyncckpt.events import Event, EventKind
 from asyncckpt.image.load import local_path
-from asyncckpt.image.plan import Plan, plan_state
+from asyncckpt.image.plan import Plan, find_unsafe, plan_state
 from asyncckpt.image.snapshot import SNAPSHOT_MODES, Snapshot, SnapshotMode, Snapshotter
 from asyncckpt.image.staging import copy_threads
 from asyncckpt.image.streaming import window_bytes
@@ -168,6 +168,7 @@ class AsyncCheckpointSaver:
             handle.timings.plan_secs = time.perf_counter() - planned
             handle.timings.num_bytes = plan.layout.num_bytes
             _warn_of_arrays(plan)
+            _warn_of_unsafe(checkpoint, plan)
             limit = self._limit()
             streaming = plan.layout.num_bytes > limit
             if streaming:
@@ -408,6 +409,17 @@ def _warn_of_arrays(plan: Plan) -> None:
         warnings.warn(
             f"the state holds {plan.array_bytes:,} bytes of NumPy arrays, which torch's format pickles inline, slowly "
             "and with several times their size in memory; torch.from_numpy makes tensors of them without a copy",
+            stacklevel=3,
+        )
+
+
+def _warn_of_unsafe(checkpoint: object, plan: Plan) -> None:
+    unsafe = find_unsafe(checkpoint, plan)
+    if unsafe is not None:
+        path, name = unsafe
+        warnings.warn(
+            f"{path} refers to {name}, so only a load with weights_only=False, which can run code, will open this "
+            "checkpoint; save plain data and state_dicts, or allow it by torch.serialization.add_safe_globals",
             stacklevel=3,
         )
 

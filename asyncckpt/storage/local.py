@@ -145,6 +145,8 @@ class LocalReader(Reader):
             status = system_calls.fstat(self.fd)
             if stat.S_ISDIR(status.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.ENXIO, "not a regular file", path)
         except BaseException:
             _close_quietly(self.fd)
             raise

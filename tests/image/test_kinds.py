@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import types
+import warnings
 import weakref
 import zipfile
 from collections.abc import Callable, Iterator
@@ -48,7 +49,10 @@ def saver() -> Iterator[asyncckpt.AsyncCheckpointSaver]:
 def check(saver: asyncckpt.AsyncCheckpointSaver, state: object, directory: pathlib.Path) -> None:
     """Save with both, and compare the records, what torch.load makes of them, and what asyncckpt.load makes of ours."""
     path, torch_path = directory / "ours.pt", directory / "theirs.pt"
-    handle = saver.save(state, path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", ".*weights_only=False", UserWarning)
+        handle = saver.save(state, path)
+    warned = any("weights_only=False" in str(warning.message) for warning in caught)
     torch.save(state, torch_path)
     assert handle.result(60).filepath == path
 
@@ -67,6 +71,7 @@ def check(saver: asyncckpt.AsyncCheckpointSaver, state: object, directory: pathl
         except pickle.UnpicklingError:
             expected = torch.load(torch_path, weights_only=False, mmap=mmap)
             weights_only = False
+        assert warned == (not weights_only), "save() warns of just what a safe load refuses"
         assert_same(torch.load(path, weights_only=weights_only, mmap=mmap), expected)
         assert_same(asyncckpt.load(path, None, weights_only=weights_only, mmap=mmap), expected)
         if not weights_only:

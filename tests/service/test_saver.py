@@ -86,6 +86,7 @@ def number_at(path: Path) -> int:
 # --- what is saved ---
 
 
+@pytest.mark.filterwarnings("ignore:.*weights_only=False")
 def test_mutating_anything_after_save_changes_nothing(tmp_path: Path) -> None:
     """Tensors, arrays, lists and dicts at any depth, while the disk has not even answered."""
     array, leaf = np.arange(10), torch.arange(10.0)
@@ -609,9 +610,29 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path: Pa
         saver.save(state(1), tmp_path / "a.pt")
 
 
+@pytest.mark.filterwarnings("ignore:.*weights_only=False")
 def test_large_arrays_are_warned_of(tmp_path: Path) -> None:
     with AsyncCheckpointSaver() as saver, pytest.warns(UserWarning, match="NumPy arrays"):
         saver.save({"array": np.zeros(3_000_000)}, tmp_path / "a.pt")
+
+
+def test_metadata_must_be_plain_data(tmp_path: Path) -> None:
+    with AsyncCheckpointSaver() as saver, pytest.raises(UnsupportedStateError, match="metadata must be plain data"):
+        saver.save(state(1), tmp_path / "a.pt", metadata={"x": torch.ones(1)})
+
+
+def test_what_a_safe_load_would_refuse_is_warned_of_with_its_path(tmp_path: Path) -> None:
+    config = {"config": {"optimizer_cls": [torch.optim.AdamW]}}
+    with AsyncCheckpointSaver() as saver:
+        with pytest.warns(
+            UserWarning, match=r"state\['config'\]\['optimizer_cls'\]\[0\] refers to torch\.optim\.adamw\.AdamW"
+        ):
+            saver.save(config, tmp_path / "a.pt").result()
+        with pytest.raises(asyncckpt.UnsafeCheckpointError, match="AdamW"):
+            asyncckpt.load(tmp_path / "a.pt")
+        with torch.serialization.safe_globals([torch.optim.AdamW]):
+            saver.save(config, tmp_path / "a.pt").result()  # no warning now
+            assert asyncckpt.load(tmp_path / "a.pt") == config
 
 
 # --- the drop-in functions ---
