@@ -22,7 +22,7 @@ from asyncckpt.records import VerifyReport
 from asyncckpt.storage.base import Reader
 from asyncckpt.threads import num_cores
 
-READ_BYTES = 4 << 20  # fits the second-level cache: the checksum then runs at its speed
+READ_BYTES = 2 << 20  # about the second-level cache: the checksum then runs at its speed
 _MAX_PROBLEMS = 20
 _MAX_METADATA_BYTES = 16 << 20
 _MAX_FIELD_BYTES = 0xFFFF  # of a name, an extra field, a comment
@@ -32,6 +32,7 @@ _ZIP64_END = struct.Struct("<IQHHIIQQQQ")
 _ZIP64_LOCATOR = struct.Struct("<IIQI")
 _END = struct.Struct("<IHHHHIIH")
 _MAX32 = 0xFFFFFFFF
+_MOST_HEADER_BYTES = _LOCAL_HEADER.size + 2 * _MAX_FIELD_BYTES
 
 
 class Entry(NamedTuple):
@@ -251,11 +252,11 @@ class _Checker:
         self._buffers: list[bytearray] = []
 
     def check(self, span: _Span) -> list[str]:
-        buffer = self._buffers.pop() if self._buffers else bytearray(READ_BYTES)
+        buffer = self._buffers.pop() if self._buffers else bytearray(READ_BYTES + _MOST_HEADER_BYTES)
         try:
             if span.stop:
                 return self._check_part(span, memoryview(buffer))
-            return list(self._check_records(span))
+            return list(self._check_records(span, memoryview(buffer)))
         except (EOFError, CorruptCheckpointError) as error:  # the file shrank while it was read
             return [f"record {self._archive.entries[span.first].name}: {error}"]
         finally:
@@ -274,13 +275,13 @@ class _Checker:
                 problems.append(f"record {entry.name} does not match its checksum")
         return problems
 
-    def _check_records(self, span: _Span) -> Iterator[str]:
+    def _check_records(self, span: _Span, buffer: memoryview) -> Iterator[str]:
         entries = self._archive.entries[span.first : span.last]
         start = entries[0].header_offset
         # Not all the way to the next record: the gap may be gigabytes if the directory lies about a size.
-        most_header_bytes = _LOCAL_HEADER.size + 2 * _MAX_FIELD_BYTES
-        stop = min(self._end_of(span.last - 1), entries[-1].header_offset + most_header_bytes + entries[-1].num_bytes)
-        data = memoryview(_read(self._reader, start, stop - start, entries[0].name))
+        stop = min(self._end_of(span.last - 1), entries[-1].header_offset + _MOST_HEADER_BYTES + entries[-1].num_bytes)
+        data = buffer[: stop - start]
+        self._reader.read_into(start, data)
         for index, entry in enumerate(entries, span.first):
             header_at = entry.header_offset - start
             payload_at = self._payload_offset(entry, data[header_at:])
@@ -295,7 +296,7 @@ class _Checker:
 
     def _check_part(self, span: _Span, buffer: memoryview) -> list[str]:
         entry = self._archive.entries[span.first]
-        probe_bytes = min(_LOCAL_HEADER.size + 2 * _MAX_FIELD_BYTES, self._end_of(span.first) - entry.header_offset)
+        probe_bytes = min(_MOST_HEADER_BYTES, self._end_of(span.first) - entry.header_offset)
         header = memoryview(_read(self._reader, entry.header_offset, probe_bytes, entry.name))
         payload_at = self._payload_offset(entry, header)
         if payload_at is None or entry.header_offset + payload_at + entry.num_bytes > self._end_of(span.first):
