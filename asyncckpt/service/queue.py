@@ -20,7 +20,7 @@ from asyncckpt.threads import ThreadGroup, lower_priority
 
 logger = logging.getLogger("asyncckpt")
 
-_NUM_WRITER_THREADS = 4
+_NUM_WRITER_THREADS = 8
 
 Emit = Callable[[EventKind, str, str], None]
 Settle = Callable[[CheckpointInfo | None, BaseException | None], None]
