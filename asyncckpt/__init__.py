@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+# Registers its exit handlers, the earlier the better: they run after those registered later, which may save too.
+from asyncckpt.service import exit as _exit  # noqa: F401
 from asyncckpt.version import __version__ as __version__
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@ starts none at exit. No torch."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -118,6 +119,26 @@ def _run_logged(action: Callable[[], object]) -> None:
         action()
     except BaseException:
         logger.exception("error in a background action")
+
+
+def log_quietly(level: int, message: str) -> None:
+    """Log, whatever the user's logging handlers do: what comes after must happen."""
+    with contextlib.suppress(Exception):
+        logger.log(level, "%s", message)
+
+
+def once(action: Callable[[], object]) -> Callable[[], None]:
+    """`action` for the first call only: whoever can't know whether an interrupt came before a put may put it again."""
+    tickets = [None]
+
+    def run() -> None:
+        try:
+            tickets.pop()
+        except IndexError:
+            return
+        action()
+
+    return run
 
 
 def num_cores() -> int:

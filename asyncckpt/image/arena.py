@@ -109,14 +109,16 @@ class ArenaPool:
     def acquire(self, num_bytes: int) -> Arena:
         """Lend the smallest free arena that is large enough, or make one. Never blocks for another's return."""
         with self._lock:
-            fitting = [arena for arena in self._free if arena.num_bytes >= num_bytes]
-            if fitting:
+            while fitting := [arena for arena in self._free if arena.num_bytes >= num_bytes]:
                 arena = min(fitting, key=lambda arena: arena.num_bytes)
-                self._free.remove(arena)
+                try:
+                    self._free.remove(arena)
+                except ValueError:
+                    continue  # a signal handler, saving in the middle of this, has taken it
                 self._lend(arena)
                 return arena
-            if self._num_lent + len(self._free) >= self._max_arenas and self._free:
-                self._free.pop(0).close()  # too small, and there is no room to keep it beside the new one
+            while self._free:  # all too small for this state, and states seldom shrink
+                self._free.pop().close()
         # A little to spare, untouched and so free of charge (unless pinned): the next state is often slightly larger.
         arena = Arena(num_bytes + num_bytes // 32)
         with self._lock:

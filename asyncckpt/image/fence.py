@@ -27,7 +27,7 @@ from asyncckpt.records import Timings
 
 
 class LateStaging:
-    """The late part of one overlapped snapshot; the fence stands from construction until `finish` returns."""
+    """The late part of one overlapped snapshot; the fence stands from `stand` until `finish` returns."""
 
     def __init__(self, copies: StorageCopies, versions: Sequence[tuple[torch.Tensor, int]], timings: Timings) -> None:
         self._timings = timings
@@ -35,9 +35,12 @@ class LateStaging:
         self._versions = versions
         self._storages = frozenset(tensor.untyped_storage()._cdata for tensor, _ in versions)
         self._torn: TornSnapshotError | None = None
-        self._passed = threading.RLock()  # guards the two: the first to pass the fence looks for torn tensors
-        self._checked = False
+        self._passed = threading.RLock()  # guards the two
+        self._is_passed = False
         self._done = threading.Event()
+
+    def stand(self) -> None:
+        """Put the fence up; `finish` must follow, whatever happens."""
         with _lock:
             _pending.append(self)
 
@@ -50,19 +53,19 @@ class LateStaging:
         Device memory: the device is made to wait, the CPU goes on (so versions are compared now, before they change).
         Host memory: the caller waits.
         """
-        self._check()
-        self._copies.wait_on_devices()
         if self._copies.needs_host:
             started = time.perf_counter()
             self._done.wait()
             self._timings.fence_secs += time.perf_counter() - started
+        self._copies.wait_on_devices()
+        self.let_pass()
 
     def finish(self) -> None:
         """Make the copies, then open the fence. Blocks, without the GIL; raises `TornSnapshotError`."""
         try:
             self._copies.copy_host()
             self._copies.synchronize()
-            self._check()
+            self.check()
         finally:
             with _lock:
                 if self in _pending:
@@ -71,11 +74,25 @@ class LateStaging:
         if self._torn is not None:
             raise self._torn
 
-    def _check(self) -> None:
+    def let_pass(self) -> None:
+        """The caller is about to write by right: look for torn tensors a last time."""
         with self._passed:
-            if not self._checked or self._copies.needs_host:
-                self._checked = True
+            self.check()
+            self._is_passed = True
+
+    def check(self) -> None:
+        """Look for torn tensors, unless the fence was passed: from then on they change by right.
+
+        Once the copies are made is not enough: an operation bumps the version only when it ends, which may be later.
+        """
+        with self._passed:
+            if not self._is_passed:
                 self._torn = self._torn or find_torn(self._versions)
+
+    @property
+    def torn(self) -> TornSnapshotError | None:
+        """What `check` found."""
+        return self._torn
 
 
 def late_keys(plan: Plan, optimizers: Sequence[Any]) -> set[int]:
@@ -84,7 +101,8 @@ def late_keys(plan: Plan, optimizers: Sequence[Any]) -> set[int]:
     Everything else (buffers, averaged weights, frozen weights, generators) may be written by forward passes or the
     user, so it is copied at once.
     """
-    regions = {_region(tensor) for optimizer in optimizers for tensor in _optimizer_tensors(optimizer)}
+    steppers = [stepper for optimizer in optimizers if (stepper := _stepper(optimizer)) is not None]
+    regions = {_region(tensor) for stepper in steppers for tensor in _optimizer_tensors(stepper)}
     return {key for key, views in plan.views.items() if all(_region(view) in regions for view in views)}
 
 
@@ -101,7 +119,7 @@ def split_versions(plan: Plan, late: set[int]) -> tuple[list[tuple[torch.Tensor,
 def why_not_overlap(optimizers: Sequence[Any], modules: Sequence[torch.nn.Module]) -> str | None:
     """The reason why the fence can't guard this state, so that it must be staged at once; None when it can."""
     for optimizer in optimizers:
-        if not _has_hooks(optimizer):
+        if _stepper(optimizer) is None:
             return f"{type(optimizer).__name__} has no step hooks"
         if any(group.get("capturable") for group in optimizer.param_groups):
             return f"{type(optimizer).__name__} is capturable: a replayed CUDA graph runs no hooks"
@@ -152,6 +170,8 @@ def _before_module_load(*args: Any) -> None:
 
 
 def _forget_in_child() -> None:
+    global _lock
+    _lock = threading.RLock()  # another thread may have held it
     _pending.clear()  # the thread that would open these fences lives in the parent
 
 
@@ -189,12 +209,15 @@ def _region(tensor: torch.Tensor) -> tuple[int, int | torch.SymInt, torch.Size, 
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.size(), tensor.stride()
 
 
-def _has_hooks(optimizer: Any) -> bool:
-    """Whether a step runs the global hooks: its own class was patched, or it wraps an optimizer whose was."""
-    if getattr(type(optimizer).step, "hooked", False):
-        return True
-    inner = getattr(optimizer, "optimizer", None)
-    return inner is not None and getattr(type(inner).step, "hooked", False)
+def _stepper(optimizer: Any) -> Any:
+    """The optimizer whose step runs the hooks: itself, or the one that it wraps; None if neither does.
+
+    What only a wrapper owns (the low-precision copies of a mixed-precision wrapper, say) is written outside that step.
+    """
+    for candidate in (optimizer, getattr(optimizer, "optimizer", None)):
+        if candidate is not None and getattr(type(candidate).step, "hooked", False):
+            return candidate
+    return None
 
 
 def _inside_step(frame: FrameType | None) -> bool:

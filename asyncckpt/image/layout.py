@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 FOLDER = "archive"  # always the same, so that renaming the file is harmless
 METADATA_RECORD = "asyncckpt.json"
+MAX_METADATA_BYTES = 16 << 20
 
 # Small records stay dense (page alignment everywhere made 419 MB out of 28 MB of small tensors).
 SMALL_ALIGNMENT = 64

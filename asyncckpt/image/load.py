@@ -78,6 +78,8 @@ def local_path(path: str | os.PathLike[str]) -> str:
     name = os.fspath(path)
     if not isinstance(name, str):
         raise TypeError(f"a checkpoint's path is a str or a Path, not {type(name).__name__}")
+    if not name or name.endswith(os.sep) or "\0" in name:
+        raise ValueError(f"a checkpoint's path names a file, not {name!r}")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name):
         raise CheckpointError(f"{name}: this version saves to and loads from local paths only")
     return os.path.abspath(name)
@@ -114,6 +116,14 @@ def _descriptor_path(reader: LocalReader, path: str) -> str:
 
 
 _mapping_lock = threading.RLock()
+
+
+def _forget_in_child() -> None:
+    global _mapping_lock
+    _mapping_lock = threading.RLock()  # another thread may have held it
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 @contextlib.contextmanager

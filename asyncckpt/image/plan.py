@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import os
 import pickle
 import sys
 import types
@@ -24,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from torch.storage import TypedStorage, UntypedStorage
 
 from asyncckpt.errors import UnsupportedStateError
-from asyncckpt.image.layout import METADATA_RECORD, Layout, plan_layout
+from asyncckpt.image.layout import MAX_METADATA_BYTES, METADATA_RECORD, Layout, plan_layout
 
 PICKLE_PROTOCOL = 2  # torch.save's
 SERIALIZATION_ID_BYTES = 40
@@ -102,13 +103,27 @@ def _allowed_globals() -> frozenset[str]:
 @contextlib.contextmanager
 def _collector_paused() -> Iterator[None]:
     """Planning only allocates; scanning that over and over for cycles was half the time at 100,000 tensors."""
+    global _collector_was_enabled
     was_enabled = gc.isenabled()
-    gc.disable()
     try:
+        _collector_was_enabled = _collector_was_enabled or was_enabled
+        gc.disable()
         yield
     finally:
         if was_enabled:
             gc.enable()
+            _collector_was_enabled = False
+
+
+_collector_was_enabled = False  # before the pause that is on, if one is
+
+
+def _end_pause_in_child() -> None:
+    if _collector_was_enabled:
+        gc.enable()
+
+
+os.register_at_fork(after_in_child=_end_pause_in_child)
 
 
 def _lay_out(pickled: bytes, pickler: _StatePickler, metadata: Mapping[str, object]) -> Plan:
@@ -120,8 +135,10 @@ def _lay_out(pickled: bytes, pickler: _StatePickler, metadata: Mapping[str, obje
     # The digest is a fixed number of characters, so that the layout it describes doesn't depend on it.
     try:
         description = msgspec.json.encode({**metadata, "layout_digest": _NO_DIGEST})
-    except (TypeError, ValueError, msgspec.MsgspecError) as error:
+    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise UnsupportedStateError(f"metadata must be plain data that JSON can hold: {error}") from error
+    if len(description) > MAX_METADATA_BYTES:
+        raise UnsupportedStateError(f"metadata takes {len(description):,} bytes; put large data into the state")
     sizes.append(("version", 2))
     sizes.append((".data/serialization_id", SERIALIZATION_ID_BYTES))
     sizes.append((METADATA_RECORD, len(description)))

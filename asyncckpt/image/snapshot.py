@@ -17,7 +17,7 @@ from asyncckpt.image.plan import Plan
 from asyncckpt.image.staging import StorageCopies, find_torn, stage_contents, warm
 from asyncckpt.image.streaming import StreamedImage
 from asyncckpt.records import Timings
-from asyncckpt.threads import ThreadGroup
+from asyncckpt.threads import ThreadGroup, once
 
 SnapshotMode = Literal["copy", "overlap"]
 SNAPSHOT_MODES: tuple[str, ...] = get_args(SnapshotMode)
@@ -32,10 +32,12 @@ class Snapshot:
         self._arena: Arena | None = arena
         self._staged = threading.Event()
         self._error: BaseException | None = None
+        self._staging: fence.LateStaging | None = None
 
-    def complete(self, error: BaseException | None = None) -> None:
-        """Staging is over."""
+    def complete(self, error: BaseException | None = None, staging: fence.LateStaging | None = None) -> None:
+        """Staging is over; `staging` was its late part."""
         self._error = error
+        self._staging = staging
         self._staged.set()
 
     def wait(self) -> ImageSource:
@@ -46,9 +48,24 @@ class Snapshot:
         assert self.source is not None
         return self.source
 
+    def let_pass(self) -> None:
+        """Somebody has seen that staging is over, and may write to the state from now on."""
+        staging = self._staging
+        if staging is not None:
+            staging.let_pass()
+
+    def check(self) -> None:
+        """Raise if a tensor turns out, only now, to have been written to while it was copied."""
+        staging = self._staging
+        if staging is not None:
+            staging.check()
+            if staging.torn is not None:
+                raise staging.torn
+
     def release(self) -> None:
         """Give the memory back. Waits until staging is over; safe to call twice."""
         self._staged.wait()
+        self._staging = None  # it keeps the tensors
         arena, self._arena, self.source = self._arena, None, None
         if arena is not None:
             self._pool.release(arena)
@@ -79,11 +96,14 @@ class Snapshotter:
         late_keys = self._late_keys(plan, optimizers, modules)
         versions, late_versions = fence.split_versions(plan, late_keys)
         arena = self._pool.acquire(plan.layout.num_bytes)
+        snapshot = Snapshot(self._pool, arena, StagedImage(plan.layout, arena.buffer))
+        copies: list[StorageCopies] = []
+        finish: Callable[[], None] | None = None
         try:
             stage_contents(plan, arena.buffer)
             rest = set(range(len(plan.storages))) - late_keys
-            at_once = StorageCopies(plan, arena, rest, self._copiers, beside_training=False)
-            late = StorageCopies(plan, arena, late_keys, self._copiers, beside_training=True)
+            copies.append(at_once := StorageCopies(plan, arena, rest, self._copiers, beside_training=False))
+            copies.append(late := StorageCopies(plan, arena, late_keys, self._copiers, beside_training=True))
             at_once.start()
             if late_keys:
                 at_once.wait_on_devices()  # device memory is safe then from all that is queued later
@@ -94,18 +114,26 @@ class Snapshotter:
             arena.used_bytes = max(arena.used_bytes, plan.layout.num_bytes)
             if (torn := find_torn(versions)) is not None:
                 raise torn
-        except BaseException:
-            self._pool.release(arena)
+            if late_keys:
+                fence.guard(optimizers, modules)
+                staging = fence.LateStaging(late, late_versions, timings)
+                finish = once(lambda: _finish(snapshot, at_once, staging, timings, started, on_staged))
+                staging.stand()
+                self._stagers.put(finish)
+            else:
+                timings.stage_secs = time.perf_counter() - started
+                snapshot.complete()
+                on_staged()
+        except BaseException as error:
+            # Nothing may still be filling the arena when it is given back, also after Ctrl-C anywhere above.
+            if finish is not None:
+                self._stagers.put(finish)
+            else:
+                snapshot.complete(error)
+            for started_copies in copies:
+                started_copies.synchronize()
+            snapshot.release()
             raise
-        snapshot = Snapshot(self._pool, arena, StagedImage(plan.layout, arena.buffer))
-        if late_keys:
-            fence.guard(optimizers, modules)
-            staging = fence.LateStaging(late, late_versions, timings)
-            self._stagers.put(lambda: _finish(snapshot, at_once, staging, timings, started, on_staged))
-        else:
-            timings.stage_secs = time.perf_counter() - started
-            snapshot.complete()
-            on_staged()
         return snapshot
 
     def stream(self, plan: Plan, num_bytes: int) -> Snapshot:
@@ -154,5 +182,5 @@ def _finish(
     except BaseException as caught:
         error = caught
     timings.stage_secs = time.perf_counter() - started
-    snapshot.complete(error)
+    snapshot.complete(error, staging)
     on_staged()

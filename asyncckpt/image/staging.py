@@ -101,6 +101,7 @@ class StorageCopies:
                 ctypes.memmove(destination, source, num_bytes)
             with _plain_mode():
                 for destinations, sources in batches:
+                    _check_still_there(sources)
                     torch._foreach_copy_(destinations, sources)
 
         if self.needs_host:
@@ -110,6 +111,15 @@ class StorageCopies:
         """Wait until the device copies are there. Blocks, without the GIL."""
         for event in self._events.values():
             event.synchronize()
+
+
+def _check_still_there(sources: Iterable[torch.Tensor]) -> None:
+    """Storages may be shrunk under a late copy, which would read memory that is somebody else's."""
+    for source in sources:
+        if source.storage_offset() + source.numel() > source.untyped_storage().nbytes():
+            raise TornSnapshotError(
+                "a tensor was resized while its snapshot was taken, so the snapshot was thrown away"
+            )
 
 
 @contextlib.contextmanager

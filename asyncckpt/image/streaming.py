@@ -1,7 +1,8 @@
 """Streaming: the bytes of an image that does not fit into memory, window by window, from state that stays frozen.
 
 A record's header comes before its payload and holds its checksum, so the state is read twice: once for the checksums,
-once for the bytes. The caller keeps the state unchanged (by waiting) until everything is written.
+once for the bytes. The caller keeps the state unchanged (by waiting) until everything is written; if somebody changes
+it all the same, the two readings differ, and the save fails.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from isal.isal_zlib import crc32
 from torch.storage import UntypedStorage
 
+from asyncckpt.errors import TornSnapshotError
 from asyncckpt.image.arena import Arena
 from asyncckpt.image.checksum import SERIALIZATION_ID_RECORD, Piece, serialization_id
 from asyncckpt.image.layout import central_directory, local_header
@@ -36,6 +38,7 @@ class StreamedImage:
         self._plan = plan
         self._buffer = arena.buffer[:num_bytes]
         self._crcs: list[int] = []
+        self._second_crcs: list[int] = []
         self._serialization_id = b""
 
     def windows(self, piece_bytes: int) -> Iterator[Iterator[Piece]]:
@@ -45,6 +48,7 @@ class StreamedImage:
             self.checksum_secs = time.perf_counter() - started
         tail = central_directory(self._plan.layout, self._crcs)
         window = len(self._buffer) // piece_bytes * piece_bytes
+        self._second_crcs = [0] * len(self._crcs)
         for start in range(0, self.num_bytes, window):
             stop = min(start + window, self.num_bytes)
             self._fill(start, stop, tail)
@@ -83,7 +87,9 @@ class StreamedImage:
     def _fill(self, start: int, stop: int, tail: bytes) -> None:
         """Put the image's bytes from `start` to `stop` at the beginning of the buffer."""
         layout = self._plan.layout
-        for record, content, crc in zip(layout.records, self._plan.contents, self._crcs, strict=True):
+        for index, (record, content, crc) in enumerate(
+            zip(layout.records, self._plan.contents, self._crcs, strict=True)
+        ):
             end = record.offset + record.num_bytes
             if end <= start or record.header_offset >= stop:
                 continue
@@ -91,7 +97,14 @@ class StreamedImage:
             if isinstance(content, UntypedStorage):
                 first, last = max(start, record.offset), min(stop, end)
                 if first < last:
-                    _copy_slice(content, first - record.offset, self._buffer[first - start : last - start])
+                    view = self._buffer[first - start : last - start]
+                    _copy_slice(content, first - record.offset, view)
+                    self._second_crcs[index] = crc32(view, self._second_crcs[index])
+                    if last == end and self._second_crcs[index] != crc:
+                        raise TornSnapshotError(
+                            f"the state changed while it was being written in pieces ({record.name}), so the "
+                            "snapshot was thrown away; leave it alone until save() returns"
+                        )
             else:
                 self._put_bytes(record.offset, content or self._serialization_id, start, stop)
         self._put_bytes(layout.directory_offset, tail, start, stop)

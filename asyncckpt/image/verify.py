@@ -17,14 +17,20 @@ import msgspec
 from isal.isal_zlib import crc32, crc32_combine
 
 from asyncckpt.errors import CorruptCheckpointError
-from asyncckpt.image.layout import METADATA_RECORD, Layout, central_directory, local_header, plan_layout
+from asyncckpt.image.layout import (
+    MAX_METADATA_BYTES,
+    METADATA_RECORD,
+    Layout,
+    central_directory,
+    local_header,
+    plan_layout,
+)
 from asyncckpt.records import VerifyReport
 from asyncckpt.storage.base import Reader
 from asyncckpt.threads import num_cores
 
 READ_BYTES = 2 << 20  # about the second-level cache: the checksum then runs at its speed
 _MAX_PROBLEMS = 20
-_MAX_METADATA_BYTES = 16 << 20
 _MAX_FIELD_BYTES = 0xFFFF  # of a name, an extra field, a comment
 _LOCAL_HEADER = struct.Struct("<IHHHHHIIIHH")
 _CENTRAL_HEADER = struct.Struct("<IHHHHHHIIIHHHHHII")
@@ -196,7 +202,7 @@ def _read_metadata(reader: Reader, archive: Archive) -> Mapping[str, object] | N
     entry = archive.find(METADATA_RECORD)
     if entry is None:
         return None
-    if entry.num_bytes > _MAX_METADATA_BYTES:
+    if entry.num_bytes > MAX_METADATA_BYTES:
         raise CorruptCheckpointError(f"record {entry.name} is too large to be metadata")
     header = _LOCAL_HEADER.unpack(_read(reader, entry.header_offset, _LOCAL_HEADER.size, f"record {entry.name}"))
     offset = entry.header_offset + _LOCAL_HEADER.size + header[9] + header[10]

@@ -26,7 +26,7 @@ class Admission:
     def enter(self) -> Place | None:
         """Take a place; None when there is none and the save is to be skipped."""
         with self._changed:
-            while len(self._places) >= self._max_in_flight:
+            while len(self._places) >= self._max_in_flight and not self._interrupted_own_save():
                 if not self._may_wait(f"{len(self._places)} saves are in flight (max_in_flight)"):
                     return None
             place = Place(self)
@@ -39,7 +39,9 @@ class Admission:
         One image alone is always admitted: whether it fits at all is decided before.
         """
         with self._changed:
-            while (taken := sum(self._places.values())) and taken + num_bytes > limit:
+            while (
+                (taken := self._taken_bytes()) and taken + num_bytes > limit and not self._interrupted_own_save(place)
+            ):
                 if not self._may_wait(f"{taken:,} bytes are in flight, and {num_bytes:,} more would pass memory_limit"):
                     return False
             self._places[place] = num_bytes
@@ -49,6 +51,14 @@ class Admission:
         with self._changed:
             self._places.pop(place, None)
             self._changed.notify_all()
+
+    def _taken_bytes(self) -> int:
+        return sum(self._places.values())
+
+    def _interrupted_own_save(self, own: Place | None = None) -> bool:
+        """Whether this is a signal handler's save inside one of the same thread, which can't go on before it."""
+        thread = threading.get_ident()
+        return any(place.saving_thread == thread for place in self._places if place is not own)
 
     def _may_wait(self, reason: str) -> bool:
         if self._when_full == "raise":
@@ -60,10 +70,11 @@ class Admission:
 
 
 class Place:
-    """One save's place in flight."""
+    """One save's place in flight. `saving_thread` is the thread inside `save()`, None once that has returned."""
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
+        self.saving_thread: int | None = threading.get_ident()
 
     def reserve(self, num_bytes: int, limit: int) -> bool:
         """Take memory for this save's image, as `Admission.reserve`."""

@@ -22,8 +22,11 @@ class Flushable(Protocol):
 
     exit_code: int | None
 
-    def flush_at_exit(self) -> bool:
-        """Wait, with a deadline, until everything is durable; False (and a line in the log) if something is not."""
+    def flush_at_exit(self, *, final: bool) -> bool:
+        """Wait until everything is durable, up to one deadline for all calls together.
+
+        False (and a line in the log) if something is lost. What is merely late is lost only in the `final` call.
+        """
         ...
 
     def forget_after_fork(self) -> None:
@@ -39,10 +42,18 @@ def register(saver: Flushable) -> None:
     _savers.add(saver)
 
 
-def _flush_all() -> list[int]:
+def is_over() -> bool:
+    """Whether the last flush has been: whatever is saved now must be waited for by its caller."""
+    return _over
+
+
+def _flush_all(*, final: bool) -> list[int]:
     """Flush every saver; the exit codes of those that failed."""
-    savers = list(_savers)
-    return [saver.exit_code for saver in savers if not saver.flush_at_exit() and saver.exit_code is not None]
+    failed = [saver for saver in list(_savers) if not saver.flush_at_exit(final=final)]
+    return [saver.exit_code for saver in failed if saver.exit_code is not None]
+
+
+_over = False
 
 
 _failed_codes: list[int] = []
@@ -50,12 +61,14 @@ _failed_codes: list[int] = []
 
 def _flush_early() -> None:
     """Before the interpreter joins threads: executors and most libraries still work."""
-    _failed_codes.extend(_flush_all())
+    _failed_codes.extend(_flush_all(final=False))
 
 
 def _flush_late() -> None:
-    """After non-daemon threads, which may have saved until now, have ended."""
-    _failed_codes.extend(_flush_all())
+    """After non-daemon threads, which may have saved until now, and other exit handlers have ended."""
+    global _over
+    _failed_codes.extend(_flush_all(final=True))
+    _over = True
     if _failed_codes and not _exception_ends_process():
         logger.error("exiting with code %d, because a checkpoint was not saved", _failed_codes[0])
         logging.shutdown()

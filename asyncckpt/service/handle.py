@@ -26,22 +26,27 @@ class SaveHandle(Future[CheckpointInfo]):
         self.skipped = False
         self.timings = Timings()
         self.looked_at = False
+        self.is_submitted = False  # a worker will settle it
         self._submitted = time.perf_counter()
         self._staged = threading.Event()
+        self._let_pass: Callable[[], None] | None = None
         self._run_callback = run_callback
         self.set_running_or_notify_cancel()
 
     @property
     def staged(self) -> bool:
         """Whether the snapshot is complete, so that any state may be changed in any way."""
-        return self._staged.is_set()
+        return self.wait_staged(0)
 
     def wait_staged(self, timeout: float | None = None) -> bool:
         """Wait until the snapshot is complete; False when `timeout` seconds pass before that.
 
         True also when the save failed: nothing is read from live state any more then.
         """
-        return self._staged.wait(timeout)
+        is_staged = self._staged.wait(timeout)
+        if is_staged and (let_pass := self._let_pass) is not None:
+            let_pass()
+        return is_staged
 
     def result(self, timeout: float | None = None) -> CheckpointInfo:
         """The durable checkpoint. Blocks up to `timeout` seconds; raises what made the save fail, or TimeoutError."""
@@ -73,6 +78,10 @@ class SaveHandle(Future[CheckpointInfo]):
         """Call `fn(handle)` on the callback thread once the save has settled; an error in it is logged."""
         super().add_done_callback(lambda handle: self._run_callback(lambda: fn(handle)))
 
+    def tell_when_seen(self, let_pass: Callable[[], None]) -> None:
+        """The saver's: call this once somebody has been told that the snapshot is complete, and may write."""
+        self._let_pass = let_pass
+
     def mark_staged(self) -> None:
         """The saver's: the snapshot is complete, or given up."""
         self._staged.set()
@@ -81,6 +90,7 @@ class SaveHandle(Future[CheckpointInfo]):
         """The saver's: the save has succeeded, failed, or (with neither) was skipped."""
         self.timings.durable_secs = time.perf_counter() - self._submitted
         self._staged.set()
+        self._let_pass = None  # it holds the image
         if error is not None:
             self.set_exception(error)
         else:

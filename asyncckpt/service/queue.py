@@ -6,7 +6,9 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from asyncckpt.events import EventKind
@@ -16,9 +18,7 @@ from asyncckpt.service.handle import SaveHandle
 from asyncckpt.service.order import CommitOrder, Turn
 from asyncckpt.service.worker import Job, forget_frames, write_checkpoint
 from asyncckpt.storage.base import Storage
-from asyncckpt.threads import ThreadGroup, lower_priority
-
-logger = logging.getLogger("asyncckpt")
+from asyncckpt.threads import ThreadGroup, log_quietly, lower_priority
 
 _NUM_WRITER_THREADS = 8
 
@@ -33,9 +33,21 @@ class PendingImage(Protocol):
         """The bytes, once they are final; raises what went wrong while staging."""
         ...
 
+    def check(self) -> None:
+        """Raise if the image turns out not to be of one moment. Called last, just before the commit."""
+        ...
+
     def release(self) -> None:
         """Give the memory back, once nothing reads or fills it any more. Blocks until staging is over."""
         ...
+
+
+@dataclass(eq=False)
+class _Submission:
+    handle: SaveHandle
+    image: PendingImage
+    settle: Settle
+    time: float = field(default_factory=time.perf_counter)
 
 
 class SaveQueue:
@@ -49,7 +61,8 @@ class SaveQueue:
         self._verify_after_save = verify_after_save
         self._emit = emit
         self._order = CommitOrder()
-        self._lock = threading.RLock()
+        self._submissions: deque[_Submission] = deque()
+        self._lock = threading.Lock()  # the workers' only
         self._swept: set[str] = set()
         self._hurry = threading.Event()
         self._workers = ThreadGroup("worker", num_workers, lambda: lower_priority(nice))
@@ -57,40 +70,59 @@ class SaveQueue:
         self.thread_groups = (self._workers, self._writers)
 
     def submit(self, handle: SaveHandle, image: PendingImage, settle: Settle) -> None:
-        """Queue a save. `settle` is called on a worker when it is durable or has failed, the image being released."""
-        submitted = time.perf_counter()
-        with self._lock:
-            turn = self._order.enter(os.path.dirname(handle.path))
-            # Under the lock, so that workers take saves in the order of their turns, and none waits for ever.
-            self._workers.put(lambda: self._process(handle, image, turn, submitted, settle))
+        """Queue a save. `settle` is called on a worker when it is durable or has failed, the image being released.
+
+        Takes no lock, since a signal handler may interrupt it with a save of its own. `handle.is_submitted` says, also
+        after Ctrl-C in here, whether the save is on its way.
+        """
+        submission = _Submission(handle, image, settle)
+        try:
+            self._submissions.append(submission)
+            handle.is_submitted = True
+            self._workers.put(self._process_next)
+        except BaseException:
+            self._workers.put(self._process_next)  # if it had been put, one of the two finds nothing to do
+            raise
 
     def hurry(self) -> None:
         """No more pauses between retries."""
         self._hurry.set()
 
-    def _process(self, handle: SaveHandle, image: PendingImage, turn: Turn, submitted: float, settle: Settle) -> None:
+    def _process_next(self) -> None:
+        with self._lock:  # workers take saves in the order of their turns, so that none waits for ever
+            if not self._submissions:
+                return
+            submission = self._submissions.popleft()
+            turn = self._order.enter(os.path.dirname(submission.handle.path))
         info: CheckpointInfo | None = None
         error: BaseException | None = None
         try:
-            info = self._write(handle, image.wait(), turn, submitted)
+            info = self._write(submission, turn)
         except BaseException as caught:
             forget_frames(caught)
             error = caught
         finally:
             turn.leave()
-            image.release()
-        settle(info, error)
+            submission.image.release()
+        submission.settle(info, error)
 
-    def _write(self, handle: SaveHandle, source: ImageSource, turn: Turn, submitted: float) -> CheckpointInfo:
-        handle.timings.queue_secs = time.perf_counter() - submitted
+    def _write(self, submission: _Submission, turn: Turn) -> CheckpointInfo:
+        handle, image = submission.handle, submission.image
+        source = image.wait()
+        handle.timings.queue_secs = time.perf_counter() - submission.time
         self._sweep(os.path.dirname(handle.path))
+
+        def before_commit() -> None:
+            turn.wait()
+            image.check()
+
         job = Job(
             path=handle.path,
             storage=self._storage,
             source=source,
             retries=self._retries,
             verify_after_save=self._verify_after_save,
-            wait_turn=turn.wait,
+            before_commit=before_commit,
             on_retry=lambda passing: self._emit("retried", handle.path, str(passing)),
             hurry=self._hurry,
             timings=handle.timings,
@@ -104,5 +136,5 @@ class SaveQueue:
                 return
             self._swept.add(directory)
         for path in self._storage.sweep(directory):
-            logger.warning("removed %s, left by a writer that died", path)
+            log_quietly(logging.WARNING, f"removed {path}, left by a writer that died")
             self._emit("swept", path, "")

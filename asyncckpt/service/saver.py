@@ -29,10 +29,12 @@ from asyncckpt.service.handle import SaveHandle
 from asyncckpt.service.memory import default_memory_limit
 from asyncckpt.service.queue import Emit, SaveQueue
 from asyncckpt.storage.local import LocalStorage
-from asyncckpt.threads import ThreadGroup
+from asyncckpt.threads import ThreadGroup, log_quietly
 from asyncckpt.version import __version__
 
 logger = logging.getLogger("asyncckpt")
+
+_MAX_CALLBACK_SECS = 30.0  # at exit
 
 _LARGE_ARRAYS_BYTES = 16 << 20
 
@@ -97,6 +99,7 @@ class AsyncCheckpointSaver:
         self._emit = _emitter(on_event, self._callbacks)
         self._max_consecutive_failures = max_consecutive_failures
         self._exit_timeout_secs = exit_timeout_secs
+        self._exit_deadline: float | None = None
 
         self._lock = threading.RLock()  # guards what follows; reentrant, since signal handlers may save
         self._unsettled: dict[SaveHandle, None] = {}
@@ -159,10 +162,12 @@ class AsyncCheckpointSaver:
         path = local_path(filepath)
         self._check_usable()
         handle = SaveHandle(path, self._callbacks.put)
-        place = self._admission.enter()
-        if place is None:
-            return self._skip(handle)
+        place: Place | None = None
+        snapshot: Snapshot | None = None
         try:
+            place = self._admission.enter()
+            if place is None:
+                return self._skip(handle)
             planned = time.perf_counter()
             plan = plan_state(checkpoint, self._describe(path, metadata))
             handle.timings.plan_secs = time.perf_counter() - planned
@@ -181,12 +186,22 @@ class AsyncCheckpointSaver:
                 snapshot = self._snapshots.stream(plan, window)
             else:
                 snapshot = self._snapshots.take(plan, optimizers, modules, handle.timings, lambda: self._staged(handle))
+            handle.tell_when_seen(snapshot.let_pass)
             self._submit(handle, snapshot, place)
         except BaseException:
-            place.leave()
+            if not handle.is_submitted:
+                if snapshot is not None:
+                    snapshot.release()
+                if place is not None:
+                    place.leave()
             raise
+        finally:
+            if place is not None:
+                place.saving_thread = None
         if streaming:
             handle.wait_staged()  # which it is when all has been written: until then the state must not change
+        if exit.is_over():
+            handle.wait_settled(self._exit_timeout_secs)  # nobody else will wait for it
         handle.timings.blocked_secs = time.perf_counter() - started
         return handle
 
@@ -216,7 +231,7 @@ class AsyncCheckpointSaver:
         pending = [handle for handle in handles if not handle.wait_settled(_remaining(deadline))]
         if pending:
             raise WaitTimeoutError(
-                f"{len(pending)} of {len(handles)} saves are not durable after {timeout} s: {pending[0].path}"
+                f"{len(pending)} of {len(handles)} saves are not durable yet: {pending[0].path}"
                 + (" and others" if len(pending) > 1 else "")
             )
         self._raise_unseen_failures()
@@ -265,7 +280,7 @@ class AsyncCheckpointSaver:
         """The JSON record inside the file."""
         return {
             "asyncckpt": __version__,
-            "name": os.path.basename(path),
+            "name": os.path.basename(path).encode("utf-8", "backslashreplace").decode(),
             "created": datetime.now(timezone.utc).isoformat(timespec="microseconds"),
             "torch": str(torch.__version__),
             "metadata": metadata or {},
@@ -281,11 +296,12 @@ class AsyncCheckpointSaver:
         with self._lock:
             closed = self._closed
             if not closed:
-                self._unsettled[handle] = None
                 self._emit("submitted", handle.path, f"{handle.timings.num_bytes:,} bytes")
                 self._queue.submit(handle, snapshot, lambda info, error: self._settle(handle, place, info, error))
+                # Only now: a signal handler's wait() must not wait for a save that this thread has still to submit.
+                if not handle.done():
+                    self._unsettled[handle] = None
         if closed:
-            snapshot.release()
             raise SaverClosedError("the saver was closed while this save was being staged")
 
     def _staged(self, handle: SaveHandle) -> None:
@@ -304,11 +320,10 @@ class AsyncCheckpointSaver:
             else:
                 self._num_consecutive_failures += 1
                 self._unseen_failures.append(handle)
+            handle.settle(info, error)
+            self._unsettled.pop(handle, None)
         if error is not None:
-            logger.error("%s", error)
-        handle.settle(info, error)
-        with self._lock:
-            del self._unsettled[handle]
+            log_quietly(logging.ERROR, str(error))
         if info is not None:
             self._emit("committed", handle.path, "")
             if (on_success := self._on_success) is not None:
@@ -366,15 +381,20 @@ class AsyncCheckpointSaver:
 
     # --- for the exit module ---
 
-    def flush_at_exit(self) -> bool:
-        deadline = time.monotonic() + self._exit_timeout_secs
+    def flush_at_exit(self, *, final: bool) -> bool:
+        if self._exit_deadline is None:
+            self._exit_deadline = time.monotonic() + self._exit_timeout_secs
         try:
-            self.wait(self._exit_timeout_secs)
-        except Exception as error:
-            logger.error("at exit: %s", error)
+            self.wait(_remaining(self._exit_deadline))
+        except WaitTimeoutError as error:
+            if final:
+                log_quietly(logging.ERROR, f"at exit, after {self._exit_timeout_secs} s: {error}")
+            return not final
+        except BaseException as error:
+            log_quietly(logging.ERROR, f"at exit: {error!r}")
             return False
         finally:
-            self._callbacks.drain(_remaining(deadline))
+            self._callbacks.drain(min(_MAX_CALLBACK_SECS, _remaining(self._exit_deadline) or 0.0))
         return True
 
     def forget_after_fork(self) -> None:

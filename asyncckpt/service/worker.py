@@ -27,8 +27,8 @@ _FIRST_PAUSE_SECS = 0.1
 class Job:
     """An image on its way to a path.
 
-    `wait_turn` returns once every earlier commit in the same place has settled; `hurry` cuts the pauses between retries
-    short.
+    `before_commit` returns once every earlier commit in the same place has settled, and raises if the image must not be
+    committed; `hurry` cuts the pauses between retries short.
     """
 
     path: str
@@ -36,7 +36,7 @@ class Job:
     source: ImageSource
     retries: int
     verify_after_save: bool
-    wait_turn: Callable[[], None]
+    before_commit: Callable[[], object]
     on_retry: Callable[[OSError], None]
     hurry: threading.Event
     timings: Timings
@@ -76,7 +76,7 @@ def _write_once(job: Job, writers: ThreadGroup) -> CheckpointInfo:
             _read_back(job.path, upload)
         synced = time.perf_counter()
         timings.sync_secs = synced - written
-        job.wait_turn()
+        job.before_commit()
         upload.commit()
         timings.commit_secs = time.perf_counter() - synced
         writers.put(upload.close)

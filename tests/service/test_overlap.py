@@ -15,6 +15,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from asyncckpt import AsyncCheckpointSaver, SaveHandle, TornSnapshotError
 from asyncckpt.image import fence
+from asyncckpt.storage import system_calls
 
 State = dict[str, Any]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -392,3 +393,82 @@ def test_an_error_while_staging_opens_the_fence(
     train_step(model, optimizer)
     assert isinstance(handle.exception(60), MemoryError)
     assert not (tmp_path / "a.pt").exists()
+
+
+def test_what_only_a_wrapper_owns_is_not_late(saver: AsyncCheckpointSaver, tmp_path: Path) -> None:
+    """A mixed-precision wrapper steps float32 masters, then writes the saved parameters by itself."""
+    weight = nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16))
+    master = nn.Parameter(weight.detach().float())
+
+    class Wrapper:
+        def __init__(self) -> None:
+            self.optimizer = torch.optim.SGD([master], lr=1.0)
+            self.param_groups = [{"params": [weight]}]
+            self.state: dict[Any, Any] = {}
+
+        def step(self) -> None:
+            self.optimizer.step()
+            weight.data.copy_(master)
+
+    wrapper = Wrapper()
+    master.grad = torch.ones(1000)
+    with staging_held(saver) as gate:
+        handle = saver.save({"weight": weight, "master": master}, tmp_path / "a.pt", optimizers=[wrapper])
+        gate.set()
+        wrapper.step()
+    loaded = torch.load(handle.result(60).filepath, weights_only=True)
+    assert torch.all(loaded["weight"] == 0)
+    assert torch.all(loaded["master"] == 0)
+
+
+def test_a_write_that_ends_after_the_copy_fails_the_save(
+    saver: AsyncCheckpointSaver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operation bumps the version when it ends: the last look is taken just before the commit."""
+    weight = nn.Parameter(torch.zeros(1000))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    written, gate = threading.Event(), threading.Event()
+    fsync = system_calls.fsync
+
+    def held(fd: int) -> None:
+        written.set()
+        assert gate.wait(60)
+        fsync(fd)
+
+    monkeypatch.setattr(system_calls, "fsync", held)
+    handle = saver.save({"weight": weight.detach()}, tmp_path / "a.pt", optimizers=[optimizer])
+    assert written.wait(60)  # staged, checked and written, but nobody was told that it is staged
+    with torch.no_grad():
+        weight.add_(1)
+    gate.set()
+    assert isinstance(handle.exception(60), TornSnapshotError)
+    assert not (tmp_path / "a.pt").exists()
+
+
+def test_a_storage_that_shrinks_is_not_read(saver: AsyncCheckpointSaver, tmp_path: Path) -> None:
+    weight = nn.Parameter(torch.zeros(10_000_000))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    with staging_held(saver):
+        handle = saver.save({"weight": weight}, tmp_path / "a.pt", optimizers=[optimizer])
+        weight.untyped_storage().resize_(0)
+    assert isinstance(handle.exception(60), TornSnapshotError)
+
+
+def test_an_interrupt_while_the_fence_is_put_up(
+    saver: AsyncCheckpointSaver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later steps must not wait for a snapshot that nobody takes, and its memory comes back."""
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    stand = fence.LateStaging.stand
+
+    def interrupted(staging: fence.LateStaging) -> None:
+        stand(staging)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fence.LateStaging, "stand", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        saver.save(state_of(model, optimizer), tmp_path / "a.pt", optimizers=[optimizer])
+    train_step(model, optimizer)
+    assert not fence._pending
+    assert saver._snapshots._pool._num_lent == 0
