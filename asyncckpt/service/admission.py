@@ -58,7 +58,7 @@ class Admission:
     def _interrupted_own_save(self, own: Place | None = None) -> bool:
         """Whether this is a signal handler's save inside one of the same thread, which can't go on before it."""
         thread = threading.get_ident()
-        return any(place.saving_thread == thread for place in self._places if place is not own)
+        return any(place.saving_thread == thread for place in list(self._places) if place is not own)
 
     def _may_wait(self, reason: str) -> bool:
         if self._when_full == "raise":

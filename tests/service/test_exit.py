@@ -102,6 +102,17 @@ atexit.register(lambda: asyncckpt.save(state, "a.pt"))
     assert_whole(tmp_path / "a.pt")
 
 
+def test_a_save_in_an_exit_handler_registered_before_the_first_save(tmp_path: Path) -> None:
+    code = """
+import atexit
+atexit.register(lambda: asyncckpt.save(state, "late.pt"))
+asyncckpt.save(state, "a.pt")
+"""
+    result = run(SLOW_DISK + code, tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert_whole(tmp_path / "late.pt")
+
+
 def test_a_failing_disk_turns_success_into_74(tmp_path: Path) -> None:
     result = run(BROKEN_DISK + "print('trained')\nasyncckpt.save(state, 'a.pt')", tmp_path)
     assert result.returncode == 74

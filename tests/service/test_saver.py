@@ -31,6 +31,8 @@ from asyncckpt import (
     UnsupportedStateError,
     WaitTimeoutError,
 )
+from asyncckpt.image import streaming
+from asyncckpt.image.plan import plan_state
 from asyncckpt.service import worker
 from asyncckpt.storage import system_calls
 
@@ -360,6 +362,60 @@ def test_a_state_over_the_limit_is_streamed_while_the_caller_waits(tmp_path: Pat
     assert asyncckpt.verify(tmp_path / "a.pt").ok
 
 
+def test_a_state_that_changes_while_it_is_streamed_is_never_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread writes between the reading for checksums and the one for bytes."""
+    live = state(1, 10_000_000)
+    checksum = streaming.StreamedImage._checksum
+
+    def then_change(image: streaming.StreamedImage) -> None:
+        checksum(image)
+        live["weights"].add_(1)
+
+    with AsyncCheckpointSaver(memory_limit=9 << 20) as saver:
+        saver.save({"number": 0, "weights": torch.zeros(1)}, tmp_path / "a.pt").result()
+        monkeypatch.setattr(streaming.StreamedImage, "_checksum", then_change)
+        with pytest.warns(UserWarning, match="over memory_limit"):
+            handle = saver.save(live, tmp_path / "a.pt")
+        assert isinstance(handle.exception(), asyncckpt.TornSnapshotError)
+    assert number_at(tmp_path / "a.pt") == 0
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_a_signal_handler_saves_although_there_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has interrupted the save that holds the only place, and would wait for it for ever."""
+    saver = AsyncCheckpointSaver(max_in_flight=1)
+
+    def interrupted(*args: Any) -> Any:
+        monkeypatch.setattr("asyncckpt.service.saver.plan_state", plan_state)
+        signal.raise_signal(signal.SIGUSR1)
+        return plan_state(*args)
+
+    before = signal.signal(signal.SIGUSR1, lambda *args: saver.save(state(1), tmp_path / "signal.pt"))
+    try:
+        monkeypatch.setattr("asyncckpt.service.saver.plan_state", interrupted)
+        saver.save(state(2), tmp_path / "loop.pt")
+        saver.close()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert (number_at(tmp_path / "signal.pt"), number_at(tmp_path / "loop.pt")) == (1, 2)
+
+
+def test_a_log_handler_that_raises_harms_nothing(tmp_path: Path) -> None:
+    class Raising(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise RuntimeError("of a log handler")
+
+    handler = Raising()
+    logging.getLogger("asyncckpt").addHandler(handler)
+    try:
+        with AsyncCheckpointSaver() as saver, disk_broken():
+            assert isinstance(saver.save(state(1), tmp_path / "a.pt").exception(60), CheckpointWriteError)
+    finally:
+        logging.getLogger("asyncckpt").removeHandler(handler)
+
+
 def test_streaming_that_fails_lets_the_caller_go(tmp_path: Path) -> None:
     with AsyncCheckpointSaver(memory_limit=9 << 20) as saver, disk_broken():
         with pytest.warns(UserWarning, match="over memory_limit"):
@@ -594,7 +650,17 @@ def test_a_file_on_the_way_to_the_path(tmp_path: Path) -> None:
     assert "a part of this path is a file" in str(error)
 
 
-@pytest.mark.parametrize(("path", "error"), [(b"a.pt", TypeError), (3, TypeError), ("s3://b/a.pt", Exception)])
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [
+        (b"a.pt", TypeError),
+        (3, TypeError),
+        ("s3://b/a.pt", asyncckpt.CheckpointError),
+        ("", ValueError),
+        ("a/", ValueError),
+        ("a\0.pt", ValueError),
+    ],
+)
 def test_bad_paths_are_refused_at_once(path: Any, error: type[Exception]) -> None:
     with AsyncCheckpointSaver() as saver, pytest.raises(error):
         saver.save(state(1), path)
