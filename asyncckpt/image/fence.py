@@ -27,7 +27,10 @@ from asyncckpt.records import Timings
 
 
 class LateStaging:
-    """The late part of one overlapped snapshot; the fence stands from `stand` until `finish` returns."""
+    """The late part of one overlapped snapshot; the fence stands from `stand` to `retire`.
+
+    It stands on when the copies are made, open: whoever steps then is noted, so that only other writes count as torn.
+    """
 
     def __init__(self, copies: StorageCopies, versions: Sequence[tuple[torch.Tensor, int]], timings: Timings) -> None:
         self._timings = timings
@@ -40,7 +43,7 @@ class LateStaging:
         self._done = threading.Event()
 
     def stand(self) -> None:
-        """Put the fence up; `finish` must follow, whatever happens."""
+        """Put the fence up; `finish` and `retire` must follow, whatever happens."""
         with _lock:
             _pending.append(self)
 
@@ -67,9 +70,6 @@ class LateStaging:
             self._copies.synchronize()
             self.check()
         finally:
-            with _lock:
-                if self in _pending:
-                    _pending.remove(self)
             self._done.set()
         if self._torn is not None:
             raise self._torn
@@ -79,6 +79,14 @@ class LateStaging:
         with self._passed:
             self.check()
             self._is_passed = True
+        if self._done.is_set():
+            self.retire()
+
+    def retire(self) -> None:
+        """Take the fence down: somebody has passed it, or the snapshot is committed or given up."""
+        with _lock:
+            if self in _pending:
+                _pending.remove(self)
 
     def check(self) -> None:
         """Look for torn tensors, unless the fence was passed: from then on they change by right.

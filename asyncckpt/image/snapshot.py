@@ -65,7 +65,9 @@ class Snapshot:
     def release(self) -> None:
         """Give the memory back. Waits until staging is over; safe to call twice."""
         self._staged.wait()
-        self._staging = None  # it keeps the tensors
+        staging, self._staging = self._staging, None  # it keeps the tensors
+        if staging is not None:
+            staging.retire()
         arena, self._arena, self.source = self._arena, None, None
         if arena is not None:
             self._pool.release(arena)

@@ -445,6 +445,30 @@ def test_a_write_that_ends_after_the_copy_fails_the_save(
     assert not (tmp_path / "a.pt").exists()
 
 
+def test_a_step_between_staging_and_commit_is_no_tear(
+    saver: AsyncCheckpointSaver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    train_step(model, optimizer)
+    expected = copy_of(state := state_of(model, optimizer))
+    written, gate = threading.Event(), threading.Event()
+    fsync = system_calls.fsync
+
+    def held(fd: int) -> None:
+        written.set()
+        assert gate.wait(60)
+        fsync(fd)
+
+    monkeypatch.setattr(system_calls, "fsync", held)
+    handle = saver.save(state, tmp_path / "a.pt", optimizers=[optimizer])
+    assert written.wait(60)
+    train_step(model, optimizer)
+    gate.set()
+    assert_saved(handle, expected)
+    assert not fence._pending
+
+
 def test_a_storage_that_shrinks_is_not_read(saver: AsyncCheckpointSaver, tmp_path: Path) -> None:
     weight = nn.Parameter(torch.zeros(10_000_000))
     optimizer = torch.optim.SGD([weight], lr=1.0)
