@@ -545,13 +545,13 @@ def test_drop_in_functions(tmp_path: pathlib.Path) -> None:
         expected["base"].add_(1)
 
 
-def test_66_000_small_tensors(saver: asyncckpt.AsyncCheckpointSaver, tmp_path: pathlib.Path) -> None:
+def test_100_000_small_tensors(saver: asyncckpt.AsyncCheckpointSaver, tmp_path: pathlib.Path) -> None:
     """More entries than a zip without zip64 can count; every reader finds them."""
-    state = {f"weight.{index}": torch.full((3,), float(index)) for index in range(66_000)}
+    state = {f"weight.{index}": torch.full((3,), float(index)) for index in range(100_000)}
     path = tmp_path / "x.pt"
     saver.save(state, path).result(120)
     with zipfile.ZipFile(path) as archive:
-        assert len(archive.infolist()) == 66_005
+        assert len(archive.infolist()) == 100_005
         reference = io.BytesIO()
         torch.save(state, reference)
         assert archive.read("archive/data.pkl") == zipfile.ZipFile(reference).read("archive/data.pkl")
@@ -560,7 +560,7 @@ def test_66_000_small_tensors(saver: asyncckpt.AsyncCheckpointSaver, tmp_path: p
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[key], state[key]) for key in state)
     del loaded
-    assert asyncckpt.verify(path).num_records == 66_005
+    assert asyncckpt.verify(path).num_records == 100_005
 
 
 # --- what is refused ---

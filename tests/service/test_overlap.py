@@ -94,6 +94,20 @@ def staging_held(saver: AsyncCheckpointSaver) -> Iterator[threading.Event]:
         gate.set()
 
 
+def hold_at_fsync(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """The first event is set when all is staged and written, the second lets the save go on to its commit."""
+    written, gate = threading.Event(), threading.Event()
+    fsync = system_calls.fsync
+
+    def held(fd: int) -> None:
+        written.set()
+        assert gate.wait(60)
+        fsync(fd)
+
+    monkeypatch.setattr(system_calls, "fsync", held)
+    return written, gate
+
+
 class Probe:
     """Opens the gate once training has arrived at the fence, so that nothing depends on time."""
 
@@ -427,15 +441,7 @@ def test_a_write_that_ends_after_the_copy_fails_the_save(
     """An operation bumps the version when it ends: the last look is taken just before the commit."""
     weight = nn.Parameter(torch.zeros(1000))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    written, gate = threading.Event(), threading.Event()
-    fsync = system_calls.fsync
-
-    def held(fd: int) -> None:
-        written.set()
-        assert gate.wait(60)
-        fsync(fd)
-
-    monkeypatch.setattr(system_calls, "fsync", held)
+    written, gate = hold_at_fsync(monkeypatch)
     handle = saver.save({"weight": weight.detach()}, tmp_path / "a.pt", optimizers=[optimizer])
     assert written.wait(60)  # staged, checked and written, but nobody was told that it is staged
     with torch.no_grad():
@@ -452,15 +458,7 @@ def test_a_step_between_staging_and_commit_is_no_tear(
     optimizer = torch.optim.AdamW(model.parameters())
     train_step(model, optimizer)
     expected = copy_of(state := state_of(model, optimizer))
-    written, gate = threading.Event(), threading.Event()
-    fsync = system_calls.fsync
-
-    def held(fd: int) -> None:
-        written.set()
-        assert gate.wait(60)
-        fsync(fd)
-
-    monkeypatch.setattr(system_calls, "fsync", held)
+    written, gate = hold_at_fsync(monkeypatch)
     handle = saver.save(state, tmp_path / "a.pt", optimizers=[optimizer])
     assert written.wait(60)
     train_step(model, optimizer)
