@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from asyncckpt.errors import CheckpointNotFoundError as CheckpointNotFoundError
     from asyncckpt.errors import CheckpointWriteError as CheckpointWriteError
     from asyncckpt.errors import CorruptCheckpointError as CorruptCheckpointError
+    from asyncckpt.errors import MetricNotFoundError as MetricNotFoundError
     from asyncckpt.errors import QueueFullError as QueueFullError
+    from asyncckpt.errors import RegistryError as RegistryError
     from asyncckpt.errors import SaverClosedError as SaverClosedError
+    from asyncckpt.errors import StorageBusyError as StorageBusyError
     from asyncckpt.errors import TornSnapshotError as TornSnapshotError
     from asyncckpt.errors import UnsafeCheckpointError as UnsafeCheckpointError
     from asyncckpt.errors import UnsupportedStateError as UnsupportedStateError
@@ -45,8 +48,11 @@ _HOMES = {
         "CheckpointNotFoundError",
         "CheckpointWriteError",
         "CorruptCheckpointError",
+        "MetricNotFoundError",
         "QueueFullError",
+        "RegistryError",
         "SaverClosedError",
+        "StorageBusyError",
         "TornSnapshotError",
         "UnsafeCheckpointError",
         "UnsupportedStateError",

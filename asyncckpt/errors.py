@@ -7,6 +7,9 @@ Each one is a `CheckpointError` and also the builtin that a caller would expect 
     ├── CorruptCheckpointError     also ValueError
     ├── UnsafeCheckpointError      also pickle.UnpicklingError, as torch.load raises
     ├── UnsupportedStateError      also TypeError
+    ├── MetricNotFoundError        also LookupError
+    ├── RegistryError              also ValueError
+    ├── StorageBusyError           also BlockingIOError
     ├── TornSnapshotError          also RuntimeError
     ├── CheckpointWriteError       also OSError (errno is kept)
     ├── QueueFullError             also RuntimeError
@@ -38,6 +41,18 @@ class UnsafeCheckpointError(CheckpointError, pickle.UnpicklingError):
 
 class UnsupportedStateError(CheckpointError, TypeError):
     """The state holds something that can't be saved; the message names the key's path."""
+
+
+class MetricNotFoundError(CheckpointError, LookupError):
+    """The monitored metric is not among those given to `save`; the message names it and those that are."""
+
+
+class RegistryError(CheckpointError, ValueError):
+    """The directory's registry can't be used by this version of asyncckpt. Nothing in the directory was changed."""
+
+
+class StorageBusyError(CheckpointError, BlockingIOError):
+    """Somebody else is writing to this checkpoint directory; the message names them. Nothing was changed."""
 
 
 class TornSnapshotError(CheckpointError, RuntimeError):

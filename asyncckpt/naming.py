@@ -2,10 +2,60 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
+from collections.abc import Mapping
+
+REGISTRY_NAME = "registry.json"
+LOCK_NAME = ".asyncckpt.lock"
+BEST_NAME = "best_model.pt"
+CHECKPOINT_SUFFIX = ".pt"
 
 _TEMPORARY_NAME = re.compile(r"\.asyncckpt-[0-9a-f]{16}-.*\.tmp", re.DOTALL)
 _MAX_NAME_BYTES = 143  # NAME_MAX of eCryptfs, the least we know
+_MAX_METRIC_CHARS = 40
+
+
+def checkpoint_name(epoch: int, global_step: int, metrics: Mapping[str, float | None]) -> str:
+    """`checkpoint_epoch0001_step00001000_loss0.4523.pt`: the epoch, the step, and the metrics that are known.
+
+    A metric's name is cut down to letters, digits, dots and dashes (`val/loss` → `val-loss`), so that it can't name
+    another directory, and the whole to what a file's name may hold.
+    """
+    stem = f"checkpoint_epoch{epoch:04d}_step{global_step:08d}"
+    for name, value in metrics.items():
+        if value is not None:
+            stem += f"_{_plain(name)}{_number(value)}"
+    return stem[: _MAX_NAME_BYTES - len(CHECKPOINT_SUFFIX)] + CHECKPOINT_SUFFIX
+
+
+def numbered_name(name: str, number: int) -> str:
+    """`name` told apart from a file that is there already: `checkpoint_….pt` → `checkpoint_…_2.pt`."""
+    suffix = f"_{number}{CHECKPOINT_SUFFIX}"
+    return name.removesuffix(CHECKPOINT_SUFFIX)[: _MAX_NAME_BYTES - len(suffix)] + suffix
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a registry may name this file: a plain name in its own directory, not one with another meaning there."""
+    return (
+        name.endswith(CHECKPOINT_SUFFIX)
+        and os.path.basename(name) == name
+        and not name.startswith(".")
+        and name != BEST_NAME
+        and "\0" not in name
+        and "\\" not in name
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.")[:_MAX_METRIC_CHARS] or "metric"
+
+
+def _number(value: float) -> str:
+    if math.isfinite(value) and abs(value) >= 1e12:
+        return f"{value:.4e}"
+    return f"{value:.4f}"
 
 
 def temporary_name(attempt: str, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,17 +12,40 @@ from pathlib import Path
 class CheckpointInfo:
     """A checkpoint that is durable.
 
-    `epoch`, `global_step`, `val_loss` and `val_metrics` are None or empty for saves that name only a path.
+    `epoch`, `global_step`, the losses, `val_metrics` and `sequence` are None or empty for saves that name only a path.
+    `sequence` numbers the commits of a run: the newest checkpoint is the one with the highest, whatever its step.
+    `timestamp` is ISO 8601, UTC. `protected` checkpoints were recovered without a registry; retention leaves them alone
+    until `prune()`.
     """
 
     filepath: Path
-    num_bytes: int
-    timestamp: str
     epoch: int | None = None
     global_step: int | None = None
     val_loss: float | None = None
     val_metrics: Mapping[str, float] = field(default_factory=dict)
+    timestamp: str = ""
     is_best: bool = False
+    num_bytes: int = 0
+    train_loss: float | None = None
+    sequence: int | None = None
+    protected: bool = False
+
+    def metric(self, name: str) -> float | None:
+        """The value of "val_loss", "train_loss" or one of `val_metrics`; None if it was not given."""
+        if name == "val_loss":
+            return self.val_loss
+        if name == "train_loss" and name not in self.val_metrics:
+            return self.train_loss
+        return self.val_metrics.get(name)
+
+
+def is_better(value: float | None, than: float | None, mode: str) -> bool:
+    """Whether a metric improved, strictly; `mode` is "min" or "max". None and NaN never do, and anything beats them."""
+    if value is None or math.isnan(value):
+        return False
+    if than is None or math.isnan(than):
+        return True
+    return value < than if mode == "min" else value > than
 
 
 @dataclass

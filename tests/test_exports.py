@@ -15,13 +15,16 @@ PUBLIC = {
     *("AsyncCheckpointSaver", "SaveHandle", "CheckpointInfo", "Timings", "VerifyReport", "Event"),
     *("CheckpointError", "CheckpointNotFoundError", "CheckpointWriteError", "CorruptCheckpointError"),
     *("QueueFullError", "SaverClosedError", "TornSnapshotError", "UnsafeCheckpointError", "UnsupportedStateError"),
-    *("WaitTimeoutError", "__version__"),
+    *("WaitTimeoutError", "MetricNotFoundError", "RegistryError", "StorageBusyError", "__version__"),
 }
 BUILTIN_OF = {
     "CheckpointNotFoundError": FileNotFoundError,
     "CheckpointWriteError": OSError,
     "CorruptCheckpointError": ValueError,
+    "MetricNotFoundError": LookupError,
     "QueueFullError": RuntimeError,
+    "RegistryError": ValueError,
+    "StorageBusyError": BlockingIOError,
     "SaverClosedError": RuntimeError,
     "TornSnapshotError": RuntimeError,
     "UnsafeCheckpointError": pickle.UnpicklingError,

@@ -84,7 +84,7 @@ def _write_once(job: Job, writers: ThreadGroup) -> CheckpointInfo:
         upload.abort()
         raise
     timestamp = datetime.now(timezone.utc).isoformat()
-    return CheckpointInfo(Path(job.path), job.source.num_bytes, timestamp)
+    return CheckpointInfo(Path(job.path), num_bytes=job.source.num_bytes, timestamp=timestamp)
 
 
 def _write_window(upload: Upload, window: Iterator[Piece], writers: ThreadGroup) -> None:
