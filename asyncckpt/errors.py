@@ -71,6 +71,9 @@ class CheckpointWriteError(CheckpointError, OSError):
         self.errno = errno
         self.failures = tuple(failures)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), self.args, {"errno": self.errno, "failures": self.failures}
+
 
 class QueueFullError(CheckpointError, RuntimeError):
     """Too many saves are in flight, and the saver was told to raise (`when_full="raise"`)."""

@@ -6,15 +6,18 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
-EventKind = Literal["submitted", "staged", "retried", "committed", "failed", "skipped", "swept"]
+EventKind = Literal[
+    "submitted", "staged", "retried", "committed", "failed", "skipped", "swept", "recovered", "deleted", "fallback"
+]
 
 
 @dataclass(frozen=True)
 class Event:
-    """One step in the life of a save.
+    """One step in the life of a save, or of the directory that it goes to.
 
-    `path` is the destination (for `swept`, the dead temporary file that was removed), `detail` one line for people,
-    `time` seconds since the epoch.
+    `path` is the destination (for `swept`, the dead temporary file that was removed; for `deleted`, the checkpoint that
+    retention dropped; for `recovered`, what was made to agree after a crash; for `fallback`, the damaged checkpoint in
+    whose place an earlier one is loaded), `detail` one line for people, `time` seconds since the epoch.
     """
 
     kind: EventKind

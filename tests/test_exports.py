@@ -12,10 +12,14 @@ from asyncckpt import errors
 
 PUBLIC = {
     *("save", "load", "verify", "wait", "prepare"),
+    *("CheckpointManager", "KeepBest", "KeepEvery", "KeepLast", "AdaptiveInterval", "EveryMinutes", "EverySteps"),
+    *("ResumableSampler", "create_checkpoint", "save_distributed_checkpoint", "load_distributed_checkpoint"),
+    *("optimal_interval", "young_interval", "daly_interval", "expected_overhead"),
     *("AsyncCheckpointSaver", "SaveHandle", "CheckpointInfo", "Timings", "VerifyReport", "Event"),
     *("CheckpointError", "CheckpointNotFoundError", "CheckpointWriteError", "CorruptCheckpointError"),
     *("QueueFullError", "SaverClosedError", "TornSnapshotError", "UnsafeCheckpointError", "UnsupportedStateError"),
-    *("WaitTimeoutError", "MetricNotFoundError", "RegistryError", "StorageBusyError", "__version__"),
+    *("WaitTimeoutError", "MetricNotFoundError", "RegistryError", "StorageBusyError"),
+    "__version__",
 }
 BUILTIN_OF = {
     "CheckpointNotFoundError": FileNotFoundError,

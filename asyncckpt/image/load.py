@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import mmap as mmap_module
 import os
 import pickle
@@ -16,11 +15,11 @@ from typing import Any
 
 import torch
 
-from asyncckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, UnsafeCheckpointError
+from asyncckpt.errors import CorruptCheckpointError, UnsafeCheckpointError
+from asyncckpt.image.file import local_path, open_checkpoint
 from asyncckpt.image.verify import default_num_threads, verify_reader
-from asyncckpt.records import VerifyReport
 from asyncckpt.storage.base import Reader
-from asyncckpt.storage.local import LocalReader, LocalStorage
+from asyncckpt.storage.local import LocalReader
 
 MapLocation = Callable[[Any, str], Any] | torch.device | str | dict[str, str] | None
 
@@ -50,50 +49,20 @@ def load(
     the file wanted to call), and OSError when reading fails.
     """
     name = local_path(path)
-    with contextlib.closing(_open(name)) as reader:
-        mmap = _check(reader, name) and mmap
-        mapping = _private_mapping() if mmap else contextlib.nullcontext()
-        with mapping, _clear_errors(name, map_location, weights_only=weights_only):
-            return torch.load(
-                _descriptor_path(reader, name),
-                map_location=map_location,
-                weights_only=weights_only,
-                mmap=mmap,
-            )
+    with open_checkpoint(name) as reader:
+        return load_reader(reader, name, map_location, weights_only=weights_only, mmap=mmap)
 
 
-def verify(path: str | os.PathLike[str]) -> VerifyReport:
-    """Read every byte of a checkpoint and check it. Blocks; thread-safe; loads nothing, runs nothing.
-
-    A damaged file is a report with problems, not an exception. Raises `CheckpointNotFoundError`, and OSError when
-    reading fails.
-    """
-    name = local_path(path)
-    with _open(name) as reader:
-        return verify_reader(reader, name, num_threads=default_num_threads())
-
-
-def local_path(path: str | os.PathLike[str]) -> str:
-    """The absolute form of a path on this machine."""
-    name = os.fspath(path)
-    if not isinstance(name, str):
-        raise TypeError(f"a checkpoint's path is a str or a Path, not {type(name).__name__}")
-    if not name or name.endswith(os.sep) or "\0" in name:
-        raise ValueError(f"a checkpoint's path names a file, not {name!r}")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name):
-        raise CheckpointError(f"{name}: this version saves to and loads from local paths only")
-    return os.path.abspath(name)
-
-
-def _open(path: str) -> LocalReader:
-    try:
-        return LocalStorage().open(path)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointNotFoundError(f"there is no checkpoint at {path}") from error
-    except OSError as error:
-        if error.errno in (errno.EISDIR, errno.ENXIO):
-            raise CorruptCheckpointError(f"{path} is a directory or a device, not a checkpoint file") from error
-        raise
+def load_reader(
+    reader: LocalReader, path: str, map_location: MapLocation = "cpu", *, weights_only: bool = True, mmap: bool = True
+) -> Any:
+    """Load an open file as `load` does, and leave it open. `path` is for messages."""
+    mmap = _check(reader, path) and mmap
+    mapping = _private_mapping() if mmap else contextlib.nullcontext()
+    with mapping, _clear_errors(path, map_location, weights_only=weights_only):
+        return torch.load(
+            _descriptor_path(reader, path), map_location=map_location, weights_only=weights_only, mmap=mmap
+        )
 
 
 def _check(reader: Reader, path: str) -> bool:

@@ -95,6 +95,14 @@ def verify_reader(reader: Reader, path: str, *, num_threads: int = 1) -> VerifyR
     return VerifyReport(path, reader.num_bytes, len(archive.entries), tuple(problems[:_MAX_PROBLEMS]), metadata)
 
 
+def read_metadata(reader: Reader) -> Mapping[str, object] | None:
+    """What the file says of itself, without reading the rest; None for damaged files, and those not of asyncckpt."""
+    try:
+        return _read_metadata(reader, read_archive(reader))
+    except (CorruptCheckpointError, EOFError):
+        return None
+
+
 def default_num_threads() -> int:
     """Enough to read faster than one thread can, without flooding a large machine."""
     return min(8, num_cores())

@@ -29,6 +29,7 @@ class SaveHandle(Future[CheckpointInfo]):
         self.is_submitted = False  # a worker will settle it
         self._submitted = time.perf_counter()
         self._staged = threading.Event()
+        self._over = threading.Event()
         self._let_pass: Callable[[], None] | None = None
         self._run_callback = run_callback
         self.set_running_or_notify_cancel()
@@ -74,6 +75,10 @@ class SaveHandle(Future[CheckpointInfo]):
             return False
         return True
 
+    def wait_over(self, timeout: float | None = None) -> bool:
+        """Wait until the save has settled and what it replaced is deleted; False on time-out."""
+        return self._over.wait(timeout)
+
     def add_done_callback(self, fn: Callable[[Future[CheckpointInfo]], Any]) -> None:
         """Call `fn(handle)` on the callback thread once the save has settled; an error in it is logged."""
         super().add_done_callback(lambda handle: self._run_callback(lambda: fn(handle)))
@@ -85,6 +90,16 @@ class SaveHandle(Future[CheckpointInfo]):
     def mark_staged(self) -> None:
         """The saver's: the snapshot is complete, or given up."""
         self._staged.set()
+
+    def skip(self) -> None:
+        """The saver's: this save is not done."""
+        self.skipped = True
+        self.settle(None, None)
+        self.mark_over()
+
+    def mark_over(self) -> None:
+        """The saver's: nothing more is done for this save."""
+        self._over.set()
 
     def settle(self, info: CheckpointInfo | None, error: BaseException | None) -> None:
         """The saver's: the save has succeeded, failed, or (with neither) was skipped."""

@@ -14,6 +14,7 @@ from typing import Protocol
 from asyncckpt.events import EventKind
 from asyncckpt.image.checksum import ImageSource
 from asyncckpt.records import CheckpointInfo
+from asyncckpt.registry.directory import Listing
 from asyncckpt.service.handle import SaveHandle
 from asyncckpt.service.order import CommitOrder, Turn
 from asyncckpt.service.worker import Job, forget_frames, write_checkpoint
@@ -43,10 +44,18 @@ class PendingImage(Protocol):
 
 
 @dataclass(eq=False)
-class _Submission:
+class Submission:
+    """A save on its way to the workers.
+
+    `settle` is called on a worker when it is durable or has failed, the image being released; `finish` when, after
+    that, what it replaced is deleted too.
+    """
+
     handle: SaveHandle
     image: PendingImage
     settle: Settle
+    finish: Callable[[], None]
+    listing: Listing | None = None
     time: float = field(default_factory=time.perf_counter)
 
 
@@ -61,7 +70,7 @@ class SaveQueue:
         self._verify_after_save = verify_after_save
         self._emit = emit
         self._order = CommitOrder()
-        self._submissions: deque[_Submission] = deque()
+        self._submissions: deque[Submission] = deque()
         self._lock = threading.Lock()  # the workers' only
         self._swept: set[str] = set()
         self._hurry = threading.Event()
@@ -69,16 +78,14 @@ class SaveQueue:
         self._writers = ThreadGroup("writer", _NUM_WRITER_THREADS, lambda: lower_priority(nice))
         self.thread_groups = (self._workers, self._writers)
 
-    def submit(self, handle: SaveHandle, image: PendingImage, settle: Settle) -> None:
-        """Queue a save. `settle` is called on a worker when it is durable or has failed, the image being released.
+    def submit(self, submission: Submission) -> None:
+        """Queue a save. Takes no lock, since a signal handler may interrupt it with a save of its own.
 
-        Takes no lock, since a signal handler may interrupt it with a save of its own. `handle.is_submitted` says, also
-        after Ctrl-C in here, whether the save is on its way.
+        `handle.is_submitted` says, also after Ctrl-C in here, whether the save is on its way.
         """
-        submission = _Submission(handle, image, settle)
         try:
             self._submissions.append(submission)
-            handle.is_submitted = True
+            submission.handle.is_submitted = True
             self._workers.put(self._process_next)
         except BaseException:
             self._workers.put(self._process_next)  # if it had been put, one of the two finds nothing to do
@@ -102,11 +109,16 @@ class SaveQueue:
             forget_frames(caught)
             error = caught
         finally:
-            turn.leave()
             submission.image.release()
-        submission.settle(info, error)
+        try:
+            submission.settle(info, error)
+            if info is not None and submission.listing is not None:
+                submission.listing.directory.delete_pending()
+        finally:
+            turn.leave()
+            submission.finish()
 
-    def _write(self, submission: _Submission, turn: Turn) -> CheckpointInfo:
+    def _write(self, submission: Submission, turn: Turn) -> CheckpointInfo:
         handle, image = submission.handle, submission.image
         source = image.wait()
         handle.timings.queue_secs = time.perf_counter() - submission.time
@@ -126,6 +138,7 @@ class SaveQueue:
             on_retry=lambda passing: self._emit("retried", handle.path, str(passing)),
             hurry=self._hurry,
             timings=handle.timings,
+            listing=submission.listing,
         )
         return write_checkpoint(job, self._writers)
 

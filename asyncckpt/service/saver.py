@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from types import TracebackType
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
-from asyncckpt.errors import CheckpointWriteError, SaverClosedError, WaitTimeoutError
+from asyncckpt.errors import CheckpointWriteError, SaverClosedError, UnsafeCheckpointError, WaitTimeoutError
 from asyncckpt.events import Event, EventKind
-from asyncckpt.image.load import local_path
+from asyncckpt.image.file import local_path
 from asyncckpt.image.plan import Plan, find_unsafe, plan_state
 from asyncckpt.image.snapshot import SNAPSHOT_MODES, Snapshot, SnapshotMode, Snapshotter
 from asyncckpt.image.staging import copy_threads
 from asyncckpt.image.streaming import window_bytes
-from asyncckpt.records import CheckpointInfo
+from asyncckpt.records import CheckpointInfo, Timings
+from asyncckpt.registry.directory import Listing
 from asyncckpt.service import exit
 from asyncckpt.service.admission import WHEN_FULL, Admission, Place, WhenFull
 from asyncckpt.service.handle import SaveHandle
 from asyncckpt.service.memory import default_memory_limit
-from asyncckpt.service.queue import Emit, SaveQueue
+from asyncckpt.service.queue import Emit, SaveQueue, Submission
 from asyncckpt.storage.local import LocalStorage
 from asyncckpt.threads import ThreadGroup, log_quietly
 from asyncckpt.version import __version__
@@ -37,6 +40,49 @@ logger = logging.getLogger("asyncckpt")
 _MAX_CALLBACK_SECS = 30.0  # at exit
 
 _LARGE_ARRAYS_BYTES = 16 << 20
+
+
+class SaverOptions(TypedDict, total=False):
+    """The keyword arguments of `AsyncCheckpointSaver`, for those who pass them on."""
+
+    num_workers: int
+    snapshot: SnapshotMode
+    max_in_flight: int
+    when_full: WhenFull
+    memory_limit: int | None
+    on_success: Callable[[CheckpointInfo], object] | None
+    on_failure: Callable[[SaveHandle, BaseException], object] | None
+    on_event: Callable[[Event], object] | None
+    retries: int
+    verify_after_save: bool
+    max_consecutive_failures: int
+    nice: int
+    exit_timeout_secs: float
+    exit_code: int | None
+
+
+@dataclass
+class _Request:
+    """What is to be saved, and where."""
+
+    state: object
+    path: str
+    optimizers: Sequence[Any] = ()
+    modules: Sequence[torch.nn.Module] = ()
+    metadata: Mapping[str, object] | None = None
+    listing: Listing | None = None
+    weights_only: bool = True
+
+    def describe(self) -> Mapping[str, object]:
+        """The JSON record inside the file."""
+        now = datetime.now(timezone.utc).isoformat(timespec="microseconds")
+        return {
+            "asyncckpt": __version__,
+            "name": os.path.basename(self.path).encode("utf-8", "backslashreplace").decode(),
+            "created": self.listing.info.timestamp if self.listing is not None else now,
+            "torch": str(torch.__version__),
+            "metadata": self.metadata or {},
+        }
 
 
 class AsyncCheckpointSaver:
@@ -96,13 +142,13 @@ class AsyncCheckpointSaver:
         self._memory_limit = memory_limit
         self._on_success, self._on_failure = on_success, on_failure
         self._callbacks = ThreadGroup("callback", 1)
-        self._emit = _emitter(on_event, self._callbacks)
+        self.emit = _emitter(on_event, self._callbacks)
         self._max_consecutive_failures = max_consecutive_failures
         self._exit_timeout_secs = exit_timeout_secs
         self._exit_deadline: float | None = None
 
         self._lock = threading.RLock()  # guards what follows; reentrant, since signal handlers may save
-        self._unsettled: dict[SaveHandle, None] = {}
+        self._in_flight: dict[SaveHandle, None] = {}
         self._unseen_failures: list[SaveHandle] = []
         self._num_consecutive_failures = 0
         self._closed = False
@@ -115,7 +161,7 @@ class AsyncCheckpointSaver:
             nice=nice,
             retries=retries,
             verify_after_save=verify_after_save,
-            emit=self._emit,
+            emit=self.emit,
         )
         self._stagers = ThreadGroup("staging", 1)  # training may be waiting for these two: full priority
         self._copiers = copy_threads()
@@ -158,52 +204,25 @@ class AsyncCheckpointSaver:
             CheckpointWriteError: the last `max_consecutive_failures` saves failed.
             SaverClosedError: the saver is closed, or belongs to another process.
         """
-        started = time.perf_counter()
-        path = local_path(filepath)
-        self._check_usable()
-        handle = SaveHandle(path, self._callbacks.put)
-        place: Place | None = None
-        snapshot: Snapshot | None = None
-        try:
-            place = self._admission.enter()
-            if place is None:
-                return self._skip(handle)
-            planned = time.perf_counter()
-            plan = plan_state(checkpoint, self._describe(path, metadata))
-            handle.timings.plan_secs = time.perf_counter() - planned
-            handle.timings.num_bytes = plan.layout.num_bytes
-            _warn_of_arrays(plan)
-            _warn_of_unsafe(checkpoint, plan)
-            limit = self._limit()
-            streaming = plan.layout.num_bytes > limit
-            if streaming:
-                _warn_of_streaming(plan, limit)
-            window = window_bytes(limit) if streaming else plan.layout.num_bytes
-            if not place.reserve(window, limit):
-                place.leave()
-                return self._skip(handle)
-            if streaming:
-                snapshot = self._snapshots.stream(plan, window)
-            else:
-                snapshot = self._snapshots.take(plan, optimizers, modules, handle.timings, lambda: self._staged(handle))
-            handle.tell_when_seen(snapshot.let_pass)
-            self._submit(handle, snapshot, place)
-        except BaseException:
-            if not handle.is_submitted:
-                if snapshot is not None:
-                    snapshot.release()
-                if place is not None:
-                    place.leave()
-            raise
-        finally:
-            if place is not None:
-                place.saving_thread = None
-        if streaming:
-            handle.wait_staged()  # which it is when all has been written: until then the state must not change
-        if exit.is_over():
-            handle.wait_settled(self._exit_timeout_secs)  # nobody else will wait for it
-        handle.timings.blocked_secs = time.perf_counter() - started
-        return handle
+        return self._save(_Request(checkpoint, local_path(filepath), optimizers, modules, metadata))
+
+    def save_listed(
+        self,
+        checkpoint: object,
+        listing: Listing,
+        *,
+        optimizers: Sequence[Any] = (),
+        modules: Sequence[torch.nn.Module] = (),
+        weights_only: bool = True,
+    ) -> SaveHandle:
+        """The manager's: save to a directory that is open for writing, and list the checkpoint there.
+
+        As `save`, but acknowledged only once the registry and the best link are durable too. Raises
+        `UnsafeCheckpointError`, unless `weights_only=False`, for a state that a safe load would refuse.
+        """
+        directory, info = listing.directory, listing.info
+        path, metadata = directory.path_of(str(info.filepath)), directory.describe(info)
+        return self._save(_Request(checkpoint, path, optimizers, modules, metadata, listing, weights_only))
 
     def prepare(self, state: object) -> None:
         """Warm the memory for images of this state, so that already the first save costs only the copy.
@@ -211,13 +230,13 @@ class AsyncCheckpointSaver:
         Blocks for as long as the system takes to hand out fresh memory (up to two seconds a gigabyte), without holding
         the GIL; call it while the data loads, or in a thread. Copies nothing, writes nothing.
         """
-        self._check_usable()
-        plan = plan_state(state, self._describe("", None))
+        self.check_usable()
+        plan = plan_state(state, _Request(state, "").describe())
         if plan.layout.num_bytes <= self._limit():
             self._snapshots.prepare(plan)
 
     def wait(self, timeout: float | None = None) -> None:
-        """The barrier: return once every save submitted before is durable.
+        """The barrier: return once every save submitted before is durable, and what it replaced is deleted.
 
         Blocks up to `timeout` seconds, then raises `WaitTimeoutError`; the saves go on. Raises what made a save fail if
         nobody has looked at it yet (by `handle.result()`, `handle.exception()` or an earlier `wait`). Does not wait for
@@ -227,8 +246,8 @@ class AsyncCheckpointSaver:
         self._check_not_in_callback("wait")
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._lock:
-            handles = list(self._unsettled)
-        pending = [handle for handle in handles if not handle.wait_settled(_remaining(deadline))]
+            handles = list(self._in_flight)
+        pending = [handle for handle in handles if not handle.wait_over(_remaining(deadline))]
         if pending:
             raise WaitTimeoutError(
                 f"{len(pending)} of {len(handles)} saves are not durable yet: {pending[0].path}"
@@ -276,15 +295,61 @@ class AsyncCheckpointSaver:
 
     # --- what happens to one save, in order ---
 
-    def _describe(self, path: str, metadata: Mapping[str, object] | None) -> Mapping[str, object]:
-        """The JSON record inside the file."""
-        return {
-            "asyncckpt": __version__,
-            "name": os.path.basename(path).encode("utf-8", "backslashreplace").decode(),
-            "created": datetime.now(timezone.utc).isoformat(timespec="microseconds"),
-            "torch": str(torch.__version__),
-            "metadata": metadata or {},
-        }
+    def _save(self, request: _Request) -> SaveHandle:
+        started = time.perf_counter()
+        self.check_usable()
+        handle = SaveHandle(request.path, self._callbacks.put)
+        place: Place | None = None
+        snapshot: Snapshot | None = None
+        try:
+            place = self._admission.enter()
+            if place is None:
+                return self._skip(handle)
+            plan = self._plan(request, handle.timings)
+            limit = self._limit()
+            streaming = plan.layout.num_bytes > limit
+            window = window_bytes(limit) if streaming else plan.layout.num_bytes
+            if not place.reserve(window, limit):
+                place.leave()
+                return self._skip(handle)
+            if streaming:
+                _warn_of_streaming(plan, limit)
+                snapshot = self._snapshots.stream(plan, window)
+            else:
+                snapshot = self._snapshots.take(
+                    plan, request.optimizers, request.modules, handle.timings, lambda: self._staged(handle)
+                )
+            handle.tell_when_seen(snapshot.let_pass)
+            self._submit(handle, snapshot, place, request.listing)
+        except BaseException:
+            if not handle.is_submitted:
+                if snapshot is not None:
+                    snapshot.release()
+                if place is not None:
+                    place.leave()
+            raise
+        finally:
+            if place is not None:
+                place.saving_thread = None
+        if streaming:
+            handle.wait_staged()  # which it is when all has been written: until then the state must not change
+        if exit.is_over():
+            handle.wait_over(self._exit_timeout_secs)  # nobody else will wait for it
+        handle.timings.blocked_secs = time.perf_counter() - started
+        return handle
+
+    def _plan(self, request: _Request, timings: Timings) -> Plan:
+        started = time.perf_counter()
+        plan = plan_state(request.state, request.describe())
+        timings.plan_secs = time.perf_counter() - started
+        timings.num_bytes = plan.layout.num_bytes
+        _warn_of_arrays(plan)
+        unsafe = find_unsafe(request.state, plan)
+        if unsafe is not None and request.listing is None:
+            _warn_of_unsafe(*unsafe)
+        elif unsafe is not None and request.weights_only:
+            raise _unsafe_error(*unsafe)
+        return plan
 
     def _limit(self) -> int:
         with self._lock:
@@ -292,21 +357,28 @@ class AsyncCheckpointSaver:
                 self._memory_limit = default_memory_limit()
             return self._memory_limit
 
-    def _submit(self, handle: SaveHandle, snapshot: Snapshot, place: Place) -> None:
+    def _submit(self, handle: SaveHandle, snapshot: Snapshot, place: Place, listing: Listing | None) -> None:
+        submission = Submission(
+            handle,
+            snapshot,
+            settle=lambda info, error: self._settle(handle, place, info, error),
+            finish=lambda: self._finish(handle),
+            listing=listing,
+        )
         with self._lock:
             closed = self._closed
             if not closed:
-                self._emit("submitted", handle.path, f"{handle.timings.num_bytes:,} bytes")
-                self._queue.submit(handle, snapshot, lambda info, error: self._settle(handle, place, info, error))
+                self.emit("submitted", handle.path, f"{handle.timings.num_bytes:,} bytes")
+                self._queue.submit(submission)
                 # Only now: a signal handler's wait() must not wait for a save that this thread has still to submit.
-                if not handle.done():
-                    self._unsettled[handle] = None
+                if not handle.wait_over(0):
+                    self._in_flight[handle] = None
         if closed:
             raise SaverClosedError("the saver was closed while this save was being staged")
 
     def _staged(self, handle: SaveHandle) -> None:
         handle.mark_staged()
-        self._emit("staged", handle.path, "")
+        self.emit("staged", handle.path, "")
 
     def _settle(
         self, handle: SaveHandle, place: Place, info: CheckpointInfo | None, error: BaseException | None
@@ -321,22 +393,26 @@ class AsyncCheckpointSaver:
                 self._num_consecutive_failures += 1
                 self._unseen_failures.append(handle)
             handle.settle(info, error)
-            self._unsettled.pop(handle, None)
         if error is not None:
             log_quietly(logging.ERROR, str(error))
         if info is not None:
-            self._emit("committed", handle.path, "")
+            self.emit("committed", handle.path, "")
             if (on_success := self._on_success) is not None:
                 self._callbacks.put(lambda: on_success(info))
         elif error is not None:
-            self._emit("failed", handle.path, str(error))
+            self.emit("failed", handle.path, str(error))
             if (on_failure := self._on_failure) is not None:
                 self._callbacks.put(lambda: on_failure(handle, error))
 
+    def _finish(self, handle: SaveHandle) -> None:
+        """On a worker, when nothing is left to be done for the save."""
+        with self._lock:
+            handle.mark_over()
+            self._in_flight.pop(handle, None)
+
     def _skip(self, handle: SaveHandle) -> SaveHandle:
-        handle.skipped = True
-        handle.settle(None, None)
-        self._emit("skipped", handle.path, "no room in flight")
+        handle.skip()
+        self.emit("skipped", handle.path, "no room in flight")
         return handle
 
     def _raise_unseen_failures(self) -> None:
@@ -353,7 +429,8 @@ class AsyncCheckpointSaver:
 
     # --- guards ---
 
-    def _check_usable(self) -> None:
+    def check_usable(self) -> None:
+        """Raise what `save` would raise before it looks at anything."""
         self._check_owner()
         self._check_not_in_callback("save")
         with self._lock:
@@ -429,26 +506,36 @@ def _warn_of_arrays(plan: Plan) -> None:
         warnings.warn(
             f"the state holds {plan.array_bytes:,} bytes of NumPy arrays, which torch's format pickles inline, slowly "
             "and with several times their size in memory; torch.from_numpy makes tensors of them without a copy",
-            stacklevel=3,
+            stacklevel=5,
         )
 
 
-def _warn_of_unsafe(checkpoint: object, plan: Plan) -> None:
-    unsafe = find_unsafe(checkpoint, plan)
-    if unsafe is not None:
-        path, name = unsafe
-        warnings.warn(
-            f"{path} refers to {name}, so only a load with weights_only=False, which can run code, will open this "
-            "checkpoint; save plain data and state_dicts, or allow it by torch.serialization.add_safe_globals",
-            stacklevel=3,
-        )
+def _warn_of_unsafe(path: str, name: str) -> None:
+    warnings.warn(
+        f"{path} refers to {name}, so only a load with weights_only=False, which can run code, will open this "
+        "checkpoint; save plain data and state_dicts, or allow it by torch.serialization.add_safe_globals",
+        stacklevel=5,
+    )
+
+
+def _unsafe_error(path: str, name: str) -> UnsafeCheckpointError:
+    return UnsafeCheckpointError(
+        f"{_dotted(path)} refers to {name}, which a safe load would refuse, so nothing was saved; save plain data "
+        "(str(), vars(), a state_dict()) in its place, allow the class by torch.serialization.add_safe_globals, or "
+        "pass weights_only=False if every later load may run code"
+    )
+
+
+def _dotted(path: str) -> str:
+    """`state['config']['optimizer_cls']` as people say it: `config.optimizer_cls`."""
+    return re.sub(r"\['([A-Za-z_]\w*)'\]", r".\1", path).replace("state.", "", 1)
 
 
 def _warn_of_streaming(plan: Plan, limit: int) -> None:
     warnings.warn(
         f"the state's image ({plan.layout.num_bytes:,} bytes) is over memory_limit ({limit:,} bytes): it is written in "
         "pieces, and save() blocks until it is durable",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

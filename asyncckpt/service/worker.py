@@ -1,4 +1,4 @@
-"""The worker: the one place that knows write → sync → commit. No torch."""
+"""The worker: the one place that knows write → sync → commit → registry. No torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from asyncckpt.errors import CheckpointError, CheckpointWriteError, CorruptCheck
 from asyncckpt.image.checksum import ImageSource, Piece
 from asyncckpt.image.verify import verify_reader
 from asyncckpt.records import CheckpointInfo, Timings
+from asyncckpt.registry.directory import Listing
 from asyncckpt.storage.base import Storage, Upload
 from asyncckpt.threads import ThreadGroup
 
@@ -40,21 +41,34 @@ class Job:
     on_retry: Callable[[OSError], None]
     hurry: threading.Event
     timings: Timings
+    listing: Listing | None = None
 
 
 def write_checkpoint(job: Job, writers: ThreadGroup) -> CheckpointInfo:
-    """Write, sync and commit; durable on return. Blocks.
+    """Write, sync, commit, and list in the registry; all durable on return, so that it may be acknowledged. Blocks.
 
     A passing error abandons the file, its descriptor too (a failed fsync may have dropped the data, and the next one on
     that descriptor would report success), and writes a new one, up to `job.retries` times. Raises
-    `CheckpointWriteError`; what was at the path before is untouched then.
+    `CheckpointWriteError`; what was at the path before is untouched then, unless only the registry was not written.
     """
+    info = _retrying(job, "was not saved", _write_once, job, writers)
+    if job.listing is None:
+        return info
+    directory, listed = job.listing.directory, replace(job.listing.info, num_bytes=info.num_bytes)
+    started = time.perf_counter()
+    recorded = _retrying(job, "is whole, but could not be listed in the registry", directory.record, listed)
+    job.timings.commit_secs += time.perf_counter() - started
+    return directory.locate(recorded)
+
+
+def _retrying(job: Job, what_failed: str, action: Callable[..., CheckpointInfo], *args: object) -> CheckpointInfo:
+    """`action` is no closure: the frame of one keeps the image alive in the error's traceback, cleared or not."""
     for attempt in range(job.retries + 1):
         try:
-            return _write_once(job, writers)
+            return action(*args)
         except OSError as error:
             if attempt == job.retries or error.errno not in _PASSING_ERRORS or isinstance(error, CheckpointError):
-                raise _describe(job, error) from error
+                raise _describe(job, error, what_failed) from error
             job.on_retry(error)
             forget_frames(error)
             job.hurry.wait(_FIRST_PAUSE_SECS * 2**attempt)
@@ -114,10 +128,10 @@ def _read_back(path: str, upload: Upload) -> None:
         raise CorruptCheckpointError(f"{path}: what was written does not read back: {report.problems[0]}")
 
 
-def _describe(job: Job, error: OSError) -> CheckpointWriteError:
+def _describe(job: Job, error: OSError, what_failed: str) -> CheckpointWriteError:
     reason = error.strerror or str(error)
     hint = _HINTS.get(error.errno or 0, "")
-    return CheckpointWriteError(f"{job.path} was not saved: {reason}{hint}", errno=error.errno)
+    return CheckpointWriteError(f"{job.path} {what_failed}: {reason}{hint}", errno=error.errno)
 
 
 _HINTS = {

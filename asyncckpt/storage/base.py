@@ -6,7 +6,9 @@ storage is known only to its implementation. `tests/storage/conformance.py` is t
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from types import TracebackType
 
 
@@ -69,6 +71,18 @@ class Reader(ABC):
         self.close()
 
 
+class Lock(ABC):
+    """The right to write in a directory, for as long as this process lives or until `release`."""
+
+    @abstractmethod
+    def is_intact(self) -> bool:
+        """Whether it still guards the directory at its path, which somebody may have moved or removed."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let the next one in. Safe to call twice; in a forked child it leaves the parent's lock alone."""
+
+
 class Storage(ABC):
     """A place for files. Stateless and thread-safe."""
 
@@ -80,8 +94,55 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def open(self, path: str) -> Reader:
-        """Open a committed file. Raises FileNotFoundError when there is none, IsADirectoryError for a directory."""
+    def open(self, path: str, *, follow_links: bool = True) -> Reader:
+        """Open a committed file. Raises FileNotFoundError when there is none, IsADirectoryError for a directory.
+
+        With `follow_links=False` a symbolic link is an OSError: the name came from a file, not from the user.
+        """
+
+    def read(self, path: str, max_bytes: int) -> bytes:
+        """The contents of a small file, not a symbolic link. Raises as `open` does, and OSError if it is larger."""
+        with self.open(path, follow_links=False) as reader:
+            if reader.num_bytes > max_bytes:
+                raise OSError(errno.EFBIG, f"larger than {max_bytes:,} bytes", path)
+            contents = bytearray(reader.num_bytes)
+            reader.read_into(0, memoryview(contents))
+            return bytes(contents)
+
+    def replace(self, path: str, contents: bytes) -> None:
+        """Write a small file in one act; durable on return. Blocks. After an OSError the old or the new is there."""
+        upload = self.begin(path, len(contents))
+        try:
+            upload.write(0, memoryview(contents))
+            upload.sync()
+            upload.commit()
+            upload.close()
+        except BaseException:
+            upload.abort()
+            raise
+
+    @abstractmethod
+    def list_names(self, directory: str) -> list[str]:
+        """The names in a directory. Raises FileNotFoundError when there is none. Blocks."""
+
+    @abstractmethod
+    def delete(self, paths: Sequence[str]) -> None:
+        """Delete files of one directory; durable on return. Those that are gone already don't matter. Blocks."""
+
+    @abstractmethod
+    def link(self, source: str, destination: str) -> None:
+        """Make `destination` hold what `source` holds, in one act, without a second copy where that can be had.
+
+        Durable on return. Replaces what is there. The two may share their bytes for good: a program that writes into
+        one in place changes both. Blocks.
+        """
+
+    @abstractmethod
+    def lock(self, directory: str, holder: str) -> Lock:
+        """Take the directory's lock, making the directory as needed; `holder` tells others who has it.
+
+        Does not wait: raises BlockingIOError, with what its holder said of itself as text, when it is taken.
+        """
 
     @abstractmethod
     def sweep(self, directory: str) -> list[str]:

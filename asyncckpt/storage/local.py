@@ -14,17 +14,22 @@ import os
 import secrets
 import stat
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from asyncckpt.naming import is_temporary_name, temporary_name
+from asyncckpt.naming import LOCK_NAME, is_temporary_name, temporary_name
 from asyncckpt.storage import system_calls
-from asyncckpt.storage.base import Reader, Storage, Upload
+from asyncckpt.storage.base import Lock, Reader, Storage, Upload
 
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 _DIRECT_ALIGNMENT = 4096
 _PIECE_BYTES = 8 << 20
 _NUM_THREADS = 8  # while some wait for the disk, others checksum: 0.97 of the raw disk's speed, with 4 it was 0.89
 _MAX_NAMES_TRIED = 100
+_MAX_HOLDER_BYTES = 500
+# How file systems say that they have no reflinks or hard links (EMLINK: not one more).
+_UNSUPPORTED = frozenset(
+    {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EACCES}
+)
 
 
 class LocalStorage(Storage):
@@ -36,8 +41,53 @@ class LocalStorage(Storage):
     def begin(self, path: str, num_bytes: int) -> LocalUpload:
         return LocalUpload(os.path.abspath(path), num_bytes, direct=self._direct)
 
-    def open(self, path: str) -> LocalReader:
-        return LocalReader(path)
+    def open(self, path: str, *, follow_links: bool = True) -> LocalReader:
+        return LocalReader(path, follow_links=follow_links)
+
+    def list_names(self, directory: str) -> list[str]:
+        return sorted(system_calls.list_directory(directory))
+
+    def delete(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                system_calls.unlink(path)
+        for directory in sorted({os.path.dirname(path) for path in paths}):
+            sync_directory(directory)
+
+    def link(self, source: str, destination: str) -> None:
+        with self.open(source, follow_links=False) as held, _open_directory(os.path.dirname(destination)) as directory:
+            # Locked, so that no sweeper takes the link's temporary name, the same file, for a dead writer's.
+            with contextlib.suppress(OSError):
+                system_calls.try_lock(held.fd)
+            temporary = _clone(held.fd, destination) or _hard_link(source, destination)
+            if not temporary:
+                self._copy(held, destination)
+                return
+            try:
+                system_calls.rename(temporary, destination)
+            finally:
+                with contextlib.suppress(FileNotFoundError):  # renamed onto the very same file, it stays
+                    system_calls.unlink(temporary)
+            _sync_entries(directory)
+
+    def _copy(self, source: LocalReader, destination: str) -> None:
+        upload = self.begin(destination, source.num_bytes)
+        try:
+            buffer = memoryview(bytearray(min(_PIECE_BYTES, source.num_bytes)))
+            for offset in range(0, source.num_bytes, _PIECE_BYTES):
+                piece = buffer[: min(_PIECE_BYTES, source.num_bytes - offset)]
+                source.read_into(offset, piece)
+                upload.write(offset, piece)
+            upload.sync()
+            upload.commit()
+            upload.close()
+        except BaseException:
+            upload.abort()
+            raise
+
+    def lock(self, directory: str, holder: str) -> LocalLock:
+        _make_directories(os.path.abspath(directory))
+        return LocalLock(os.path.join(directory, LOCK_NAME), holder)
 
     def sweep(self, directory: str) -> list[str]:
         try:
@@ -139,8 +189,9 @@ class LocalUpload(Upload):
 class LocalReader(Reader):
     """An open file; `fd` may be used to open it again by `/proc/self/fd`."""
 
-    def __init__(self, path: str) -> None:
-        self.fd = system_calls.open_file(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its writer
+    def __init__(self, path: str, *, follow_links: bool = True) -> None:
+        flags = os.O_RDONLY | os.O_NONBLOCK  # opening a pipe would wait for its writer
+        self.fd = system_calls.open_file(path, flags if follow_links else flags | os.O_NOFOLLOW)
         try:
             status = system_calls.fstat(self.fd)
             if stat.S_ISDIR(status.st_mode):
@@ -164,6 +215,63 @@ class LocalReader(Reader):
         if self.fd != -1:
             system_calls.close(self.fd)
             self.fd = -1
+
+    def __enter__(self) -> LocalReader:
+        return self
+
+
+class LocalLock(Lock):
+    """A file under flock, which names its holder. The file stays: removing a lock's file is a race."""
+
+    def __init__(self, path: str, holder: str) -> None:
+        self._path = path
+        self._file = system_calls.open_file(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        try:
+            if not _lock_if_supported(self._file):
+                raise BlockingIOError(errno.EWOULDBLOCK, _read_holder(self._file), path)
+            system_calls.truncate(self._file, 0)
+            _write_all(self._file, 0, memoryview(holder.encode()))
+        except BaseException:
+            self._close()
+            raise
+        _locks.add(self)
+
+    def is_intact(self) -> bool:
+        if self._file == -1:
+            return False
+        try:
+            there = system_calls.stat(self._path)
+        except OSError:
+            return False
+        mine = system_calls.fstat(self._file)
+        return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
+
+    def release(self) -> None:
+        if self._file != -1:
+            with contextlib.suppress(OSError):
+                system_calls.truncate(self._file, 0)
+            self._close()
+
+    def forget(self) -> None:
+        """In a forked child: the lock is the parent's, and would otherwise last as long as both."""
+        self._close()
+
+    def _close(self) -> None:
+        fd, self._file = self._file, -1
+        if fd != -1:
+            _close_quietly(fd)
+
+    def __del__(self) -> None:
+        if getattr(self, "_file", -1) != -1:
+            self.release()
+
+
+def _read_holder(lock: int) -> str:
+    """One line for people; anybody may have written it."""
+    buffer = bytearray(_MAX_HOLDER_BYTES)
+    count = system_calls.pread_into(lock, memoryview(buffer), 0)
+    text = buffer[:count].decode("utf-8", "replace")
+    return "".join(character if character.isprintable() else " " for character in text).strip() or "an unknown process"
 
 
 def sync_directory(path: str) -> None:
@@ -247,6 +355,36 @@ def _keep(path: str) -> int:
         return -1
 
 
+def _clone(source: int, destination: str) -> str:
+    """A temporary file beside `destination` that shares the source's blocks; "" where the file system can't."""
+    fd, temporary = _create_locked(destination)
+    try:
+        system_calls.clone(source, fd)
+        system_calls.fsync(fd)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            system_calls.unlink(temporary)
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return ""
+    finally:
+        _close_quietly(fd)
+    return temporary
+
+
+def _hard_link(source: str, destination: str) -> str:
+    """A temporary name for the same file beside `destination`; "" where the file system can't."""
+    directory, name = os.path.split(destination)
+    temporary = os.path.join(directory, temporary_name(secrets.token_hex(8), name))
+    try:
+        system_calls.link(source, temporary)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return ""
+    return temporary
+
+
 def _open_direct(path: str) -> int:
     try:
         return system_calls.open_file(path, os.O_RDWR | _O_DIRECT)
@@ -293,11 +431,14 @@ def _close_quietly(fd: int) -> None:
 
 
 _uploads: weakref.WeakSet[LocalUpload] = weakref.WeakSet()
+_locks: weakref.WeakSet[LocalLock] = weakref.WeakSet()
 
 
-def _close_uploads_in_child() -> None:
+def _close_in_child() -> None:
     for upload in list(_uploads):
         upload.close_descriptors()
+    for lock in list(_locks):
+        lock.forget()
 
 
-os.register_at_fork(after_in_child=_close_uploads_in_child)
+os.register_at_fork(after_in_child=_close_in_child)

@@ -13,6 +13,8 @@ import fcntl
 import os
 from collections.abc import Iterator
 
+_FICLONE = 0x40049409  # linux/fs.h
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -71,6 +73,19 @@ def try_lock(fd: int) -> bool:
 
 def rename(source: str, destination: str) -> None:
     os.replace(source, destination)
+
+
+def link(source: str, destination: str) -> None:
+    os.link(source, destination, follow_symlinks=False)
+
+
+def clone(source: int, destination: int) -> None:
+    """Let the empty file `destination` share all blocks of `source`, to be told apart when either is written to."""
+    fcntl.ioctl(destination, _FICLONE, source)
+
+
+def truncate(fd: int, num_bytes: int) -> None:
+    os.ftruncate(fd, num_bytes)
 
 
 def unlink(path: str) -> None:

@@ -1,0 +1,622 @@
+"""The manager: a directory of checkpoints that keeps itself in order."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from asyncckpt.distributed.ranks import OtherRankError, Ranks
+from asyncckpt.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    MetricNotFoundError,
+)
+from asyncckpt.image.file import open_checkpoint, verify
+from asyncckpt.image.load import load_reader
+from asyncckpt.naming import BEST_NAME, checkpoint_name
+from asyncckpt.policies import Progress, SavePolicy
+from asyncckpt.records import CheckpointInfo, Timings, VerifyReport, is_better
+from asyncckpt.registry.directory import CheckpointDirectory, Listing
+from asyncckpt.registry.recovery import Survey, file_of
+from asyncckpt.registry.retention import KeepLast, RetentionPolicy
+from asyncckpt.service.handle import SaveHandle
+from asyncckpt.service.saver import AsyncCheckpointSaver
+from asyncckpt.state.capture import as_float, as_int, create_checkpoint, unwrap
+from asyncckpt.state.restore import restore_checkpoint
+from asyncckpt.state.rng import capture_rng_states
+from asyncckpt.state.stateful import capture_stateful
+from asyncckpt.storage.local import LocalStorage
+from asyncckpt.threads import log_quietly
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from asyncckpt.service.saver import SaverOptions
+
+_NUM_RECENT_SAVES = 5
+_NUM_LOOKS = 3  # at a directory that another process prunes meanwhile
+# The disk's word that this file can't be read; what else fails is no reason to take an older checkpoint.
+_UNREADABLE = frozenset({errno.EIO, errno.ESTALE, errno.ELOOP, errno.ENODATA, errno.EBADMSG})
+
+
+class CheckpointManager:
+    """Saves checkpoints into one directory, keeps a registry of them, and resumes from them.
+
+    The newest checkpoint is the one that was committed last, whatever its step. `best_model.pt` is always the best of
+    those listed, by the monitored metric. Old ones are deleted once what replaces them is durable. Constructing a
+    manager, listing and loading change nothing in the directory and may be done by any number of processes; the first
+    `save` (or `prune`) makes this manager the directory's one writer, until `close` or the end of the process.
+    Thread-safe.
+
+    In a distributed run every rank makes a manager and calls the same methods (`save`, the loads, `should_save`, `wait`
+    are collective): rank 0 decides and writes, every rank loads the same checkpoint.
+
+    Args:
+        checkpoint_dir: a local directory; made by the first save.
+        max_checkpoints: how many of the newest checkpoints to keep; the best one is kept besides.
+        monitor_metric: "val_loss", "train_loss", or a name in `val_metrics`.
+        monitor_mode: "min" if smaller is better, "max" if larger is.
+        save_best_only: save only what improves on the best.
+        retention: a policy (`KeepLast`, `KeepBest`, `KeepEvery`, joined by `|`) in place of `max_checkpoints`.
+        save_policy: what `should_save` asks: `EverySteps`, `EveryMinutes` or `AdaptiveInterval`.
+        save_rng: save the state of all random number generators, and restore it with the rest.
+        weights_only: refuse to save what a safe load would refuse, and load safely. False saves any picklable state,
+            and loads may then run code that is in the file.
+        lock_timeout_secs: how long to wait for another writer of the directory.
+        saver_options: those of `AsyncCheckpointSaver`: `snapshot`, `max_in_flight`, `when_full`, `on_failure`, ….
+    """
+
+    def __init__(
+        self,
+        checkpoint_dir: str | os.PathLike[str] = "checkpoints",
+        max_checkpoints: int = 5,
+        monitor_metric: str = "val_loss",
+        monitor_mode: str = "min",
+        save_best_only: bool = False,
+        *,
+        retention: RetentionPolicy | None = None,
+        save_policy: SavePolicy | None = None,
+        save_rng: bool = True,
+        weights_only: bool = True,
+        lock_timeout_secs: float = 10.0,
+        **saver_options: Unpack[SaverOptions],
+    ) -> None:
+        if monitor_mode not in ("min", "max"):
+            raise ValueError(f"monitor_mode must be 'min' or 'max', not {monitor_mode!r}")
+        if not isinstance(monitor_metric, str) or not monitor_metric:
+            raise ValueError(f"monitor_metric must be the name of a metric, not {monitor_metric!r}")
+        self.checkpoint_dir = _local_directory(checkpoint_dir)
+        self.max_checkpoints = max_checkpoints
+        self.monitor_metric = monitor_metric
+        self.monitor_mode = monitor_mode
+        self.save_best_only = save_best_only
+        self.save_rng = save_rng
+        self.weights_only = weights_only
+        self._save_policy = save_policy
+        retention = retention or KeepLast(max_checkpoints)
+        self._saver = AsyncCheckpointSaver(**saver_options)
+        self._directory = CheckpointDirectory(
+            str(self.checkpoint_dir),
+            LocalStorage(),
+            retention=retention,
+            metric=monitor_metric,
+            mode=monitor_mode,
+            lock_timeout_secs=lock_timeout_secs,
+            report=self._saver.emit,
+        )
+        self._saving = threading.RLock()  # guards what follows; reentrant, since signal handlers may save
+        self._in_flight: list[tuple[SaveHandle, CheckpointInfo]] = []
+        self._recent_timings: deque[Timings] = deque(maxlen=_NUM_RECENT_SAVES)
+        self._newest_step: int | None = None
+        self._last_step = 0
+        self._last_secs = time.monotonic()
+
+    # --- saving ---
+
+    def save(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        epoch: int,
+        global_step: int,
+        train_loss: float | None = None,
+        val_loss: float | None = None,
+        val_metrics: Mapping[str, float] | None = None,
+        scheduler: Any = None,
+        config: Mapping[str, Any] | None = None,
+        extra_state: Mapping[str, Any] | None = None,
+        *,
+        stateful: Mapping[str, Any] | None = None,
+        rank_stateful: Mapping[str, Any] | None = None,
+    ) -> SaveHandle | None:
+        """Snapshot the training state and write it in the background.
+
+        Blocks for one memory copy (milliseconds with `snapshot="overlap"`), and until there is room in flight; the
+        first call also opens the directory for writing. Nothing is durable on return: `handle.result()` or `wait()` say
+        when it is. None if `save_best_only` and this is no improvement. In a distributed run the handles of all ranks
+        but the first are settled at once, and `skipped`.
+
+        Args:
+            model: wrapped (DDP, torch.compile) or plain; saved without its wrappers.
+            optimizer: None leaves it out.
+            epoch, global_step: where training is, for the file's name and for resuming.
+            train_loss, val_loss, val_metrics: numbers, or tensors of one element. Without `val_loss` and `val_metrics`
+                (in the middle of an epoch) the checkpoint can't be the best. NaN never is.
+            scheduler: anything with `state_dict()`.
+            config, extra_state: plain data to keep with it; tensors too.
+            stateful: objects with `state_dict()` and `load_state_dict()`, or random generators, by name; the same on
+                every rank, so that the first one's is saved.
+            rank_stateful: the same, for what differs from rank to rank, as data loaders may.
+
+        Raises:
+            MetricNotFoundError: metrics were given, but not the monitored one.
+            UnsafeCheckpointError: a safe load would refuse something; the message names it (`config.optimizer_cls`).
+            StorageBusyError: somebody else writes to the directory.
+            And what `AsyncCheckpointSaver.save` raises.
+        """
+        ranks = Ranks()
+        own_state = {
+            "rng_states": capture_rng_states() if self.save_rng else None,
+            "stateful": capture_stateful(rank_stateful or {}),
+        }
+        rank_states = ranks.gather(own_state)
+        handle: SaveHandle | None = None
+
+        def save_here() -> bool:
+            nonlocal handle
+            info = self._describe(epoch, global_step, train_loss, val_loss, val_metrics)
+            checkpoint = create_checkpoint(
+                model,
+                optimizer,
+                scheduler,
+                info.epoch or 0,
+                info.global_step or 0,
+                info.train_loss,
+                info.val_loss,
+                dict(info.val_metrics),
+                config,
+                rank_states[0]["rng_states"],
+                extra_state=extra_state,
+                stateful=stateful,
+                save_rng=False,
+            )
+            if scheduler is None:
+                del checkpoint["scheduler_state_dict"]
+            if ranks.size > 1 or rank_stateful:
+                checkpoint["rank_states"] = rank_states
+            checkpoint["timestamp"] = info.timestamp
+            handle = self._submit(checkpoint, info, model, optimizer)
+            return handle is not None
+
+        if ranks.on_first(save_here) and handle is None:
+            handle = SaveHandle(str(self.checkpoint_dir), _run)
+            handle.skip()  # rank 0 writes
+        return handle
+
+    def _describe(
+        self,
+        epoch: int,
+        global_step: int,
+        train_loss: float | None,
+        val_loss: float | None,
+        val_metrics: Mapping[str, float] | None,
+    ) -> CheckpointInfo:
+        """The checkpoint's entry, all but its number; plain numbers, since safe loads and JSON know no others."""
+        metrics = {str(name): as_float(name, value) for name, value in (val_metrics or {}).items()}
+        info = CheckpointInfo(
+            filepath=Path(),
+            epoch=as_int("epoch", epoch),
+            global_step=as_int("global_step", global_step),
+            val_loss=None if val_loss is None else as_float("val_loss", val_loss),
+            val_metrics=metrics,
+            timestamp=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
+            train_loss=None if train_loss is None else as_float("train_loss", train_loss),
+        )
+        monitored = info.metric(self.monitor_metric)
+        if monitored is None and (metrics or info.val_loss is not None or self.save_best_only):
+            given = ", ".join(["val_loss"] * (info.val_loss is not None) + sorted(metrics)) or "none"
+            raise MetricNotFoundError(
+                f"the monitored metric {self.monitor_metric!r} was not given to save(); these were: {given}"
+            )
+        shown = {"loss": info.val_loss}
+        if self.monitor_metric != "val_loss":
+            shown[self.monitor_metric] = monitored
+        name = checkpoint_name(info.epoch or 0, info.global_step or 0, shown)
+        return replace(info, filepath=Path(name))
+
+    def _submit(
+        self, checkpoint: dict[str, Any], info: CheckpointInfo, model: torch.nn.Module, optimizer: Any
+    ) -> SaveHandle | None:
+        with self._saving:
+            self._saver.check_usable()
+            self._directory.open_for_writing()
+            if self.save_best_only and not self._is_improvement(info):
+                return None
+            self._note_branch(info)
+            info = self._directory.reserve(info)
+            handle = self._saver.save_listed(
+                checkpoint,
+                Listing(self._directory, info),
+                optimizers=[optimizer] if optimizer is not None else [],
+                modules=[unwrap(model)],
+                weights_only=self.weights_only,
+            )
+            if not handle.skipped:
+                self._newest_step = info.global_step
+                self._mark_progress(info.global_step or 0)
+                self._in_flight.append((handle, info))
+            return handle
+
+    def _is_improvement(self, info: CheckpointInfo) -> bool:
+        """On the best there is, and on those that are still being written."""
+        self._forget_settled()
+        best = self._directory.registry.best_score
+        for _, other in self._in_flight:
+            if is_better(other.metric(self.monitor_metric), best, self.monitor_mode):
+                best = other.metric(self.monitor_metric)
+        return is_better(info.metric(self.monitor_metric), best, self.monitor_mode)
+
+    def _forget_settled(self) -> None:
+        settled = [handle for handle, _ in self._in_flight if handle.done()]
+        self._recent_timings.extend(handle.timings for handle in settled if handle.failure() is None)
+        self._in_flight = [pending for pending in self._in_flight if pending[0] not in settled]
+
+    def _note_branch(self, info: CheckpointInfo) -> None:
+        newest = self._newest_step
+        if newest is None and (latest := self._directory.registry.latest) is not None:
+            newest = latest.global_step
+        if newest is not None and (info.global_step or 0) < newest:
+            log_quietly(
+                logging.WARNING,
+                f"{self.checkpoint_dir}: step {info.global_step} is below the newest checkpoint's, {newest}: from here "
+                "on this branch is the latest",
+            )
+
+    # --- when to save ---
+
+    def should_save(self, step: int) -> bool:
+        """Whether `save_policy` wants a checkpoint after this step; without a policy, after every step.
+
+        Takes microseconds; in a distributed run a time-based policy asks rank 0, which every rank waits for.
+        """
+        policy = self._save_policy
+        if policy is None:
+            return step > self._last_step
+        ranks = Ranks()
+        if policy.uses_time:
+            return ranks.on_first(lambda: policy.should_save(self._progress(step)))
+        return policy.should_save(self._progress(step))
+
+    def _progress(self, step: int) -> Progress:
+        with self._saving:
+            self._forget_settled()
+            recent = list(self._recent_timings)
+        stalls = [timings.blocked_secs + timings.fence_secs for timings in recent]
+        writes = [timings.durable_secs for timings in recent]
+        return Progress(
+            step=step,
+            secs=time.monotonic(),
+            last_step=self._last_step,
+            last_secs=self._last_secs,
+            stall_secs=statistics.median(stalls) if stalls else None,
+            write_secs=statistics.median(writes) if writes else None,
+        )
+
+    def _mark_progress(self, step: int) -> None:
+        self._last_step, self._last_secs = step, time.monotonic()
+
+    # --- loading ---
+
+    def load_latest(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: Any = None,
+        device: torch.device | str | None = None,
+        *,
+        stateful: Mapping[str, Any] | None = None,
+        rank_stateful: Mapping[str, Any] | None = None,
+        strict: bool = True,
+        restore_rng: bool = True,
+        weights_only: bool | None = None,
+    ) -> tuple[int, dict[str, Any]]:
+        """Restore the newest valid checkpoint; its epoch and all it holds. `(0, {})` if there is none.
+
+        Blocks until every byte has been checked and the state is in place. A damaged or missing checkpoint is passed
+        over for the next older one, with a warning in the log and an event. The returned tensors are mapped from the
+        file: drop them once they are not needed, since a deleted file keeps its space as long as they live.
+
+        Args:
+            model, optimizer, scheduler: to restore into; those left out are not restored.
+            device: where to move the model.
+            stateful, rank_stateful: the objects that were given to `save`, by the same names.
+            strict: the checkpoint must hold everything that is asked for, and the model's keys must match. Otherwise
+                what is missing is left as it is, with a warning.
+            restore_rng: set all random number generators to the states of this rank when it was saved.
+            weights_only: False lets the file run code; None is the manager's own setting.
+
+        Raises:
+            CorruptCheckpointError: there are checkpoints, but not one of them is whole.
+            CheckpointError: the checkpoint does not fit what it is to be restored into; nothing was changed.
+            UnsafeCheckpointError: it would run code.
+        """
+        request = _Restore(
+            model, optimizer, scheduler, device, stateful, rank_stateful, strict, restore_rng, weights_only
+        )
+        return self._restore_first(lambda found: list(reversed(found.registry.checkpoints)), request, "checkpoint")
+
+    def load_best(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: Any = None,
+        device: torch.device | str | None = None,
+        *,
+        stateful: Mapping[str, Any] | None = None,
+        rank_stateful: Mapping[str, Any] | None = None,
+        strict: bool = True,
+        restore_rng: bool = True,
+        weights_only: bool | None = None,
+    ) -> tuple[int, dict[str, Any]]:
+        """Restore the best checkpoint by the monitored metric; `(0, {})` if none has one. As `load_latest`.
+
+        A damaged best checkpoint is an error: no other is the best.
+        """
+        request = _Restore(
+            model, optimizer, scheduler, device, stateful, rank_stateful, strict, restore_rng, weights_only
+        )
+        return self._restore_first(lambda found: [found.registry.best], request, "best")
+
+    def load(
+        self,
+        checkpoint: int | str | os.PathLike[str],
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: Any = None,
+        device: torch.device | str | None = None,
+        *,
+        stateful: Mapping[str, Any] | None = None,
+        rank_stateful: Mapping[str, Any] | None = None,
+        strict: bool = True,
+        restore_rng: bool = True,
+        weights_only: bool | None = None,
+    ) -> tuple[int, dict[str, Any]]:
+        """Restore one checkpoint: the newest of a step, or the file at a path (or name in the directory).
+
+        As `load_latest`, but without falling back. Raises `CheckpointNotFoundError` if there is no such checkpoint.
+        """
+        request = _Restore(
+            model, optimizer, scheduler, device, stateful, rank_stateful, strict, restore_rng, weights_only
+        )
+        path = Ranks().on_first(lambda: self._find(checkpoint))
+        try:
+            return self._restore(path, request, follow_links=True)
+        except _Unreadable as error:
+            raise error.__cause__ or CorruptCheckpointError(str(error)) from error
+
+    def _find(self, checkpoint: int | str | os.PathLike[str]) -> str:
+        if isinstance(checkpoint, int):
+            found = self._directory.read()
+            infos = [info for info in found.registry.checkpoints if info.global_step == checkpoint]
+            if infos:
+                return self._directory.path_of(str(file_of(found, infos[-1])))
+            steps = ", ".join(str(info.global_step) for info in found.registry.checkpoints) or "none"
+            raise CheckpointNotFoundError(
+                f"{self.checkpoint_dir} has no checkpoint of step {checkpoint}; it has {steps}"
+            )
+        name = os.fspath(checkpoint)
+        in_directory = self.checkpoint_dir / name
+        return str(in_directory) if not os.path.exists(name) and in_directory.exists() else os.path.abspath(name)
+
+    def _restore_first(
+        self, choose: Callable[[Survey], Sequence[CheckpointInfo | None]], request: _Restore, what: str
+    ) -> tuple[int, dict[str, Any]]:
+        """The first of the chosen checkpoints that every rank can read."""
+        ranks = Ranks()
+        for _ in range(_NUM_LOOKS):
+            paths = ranks.on_first(lambda: self._paths(choose))
+            if not paths:
+                log_quietly(logging.INFO, f"{self.checkpoint_dir} has no {what} to resume from")
+                return 0, {}
+            error: BaseException | None = None
+            for path in paths:
+                try:
+                    return self._restore(path, request)
+                except _Unreadable as unreadable:
+                    error = unreadable.__cause__
+                    self._fall_back(path, unreadable)
+            if ranks.on_first(lambda: self._paths(choose)) == paths:
+                break  # nobody has changed the directory since
+        raise CorruptCheckpointError(
+            f"no {what} in {self.checkpoint_dir} can be read; the last error: {error}"
+        ) from error
+
+    def _paths(self, choose: Callable[[Survey], Sequence[CheckpointInfo | None]]) -> list[str]:
+        found = self._directory.read()
+        return [self._directory.path_of(str(file_of(found, info))) for info in choose(found) if info is not None]
+
+    def _fall_back(self, path: str, error: Exception) -> None:
+        log_quietly(logging.WARNING, f"{error}; trying the next older checkpoint")
+        self._saver.emit("fallback", path, str(error))
+
+    def _restore(self, path: str, request: _Restore, *, follow_links: bool = False) -> tuple[int, dict[str, Any]]:
+        """Read one file on every rank, and restore it if all could; else nobody does."""
+        ranks = Ranks()
+        weights_only = self.weights_only if request.weights_only is None else request.weights_only
+        try:
+            checkpoint = ranks.on_all(lambda: _read(path, weights_only=weights_only, follow_links=follow_links))
+        except Exception as error:
+            met = error.error if isinstance(error, OtherRankError) else error
+            if _is_unreadable(met):
+                raise _Unreadable(str(error)) from met
+            raise
+        restore_checkpoint(
+            request.for_rank(checkpoint, ranks),
+            request.model,
+            request.optimizer,
+            request.scheduler,
+            request.device,
+            stateful={**(request.stateful or {}), **(request.rank_stateful or {})},
+            strict=request.strict,
+            restore_rng=request.restore_rng,
+        )
+        with self._saving:
+            self._newest_step = None
+            self._mark_progress(checkpoint.get("global_step") or 0)
+        return checkpoint.get("epoch") or 0, checkpoint
+
+    # --- the directory ---
+
+    def list_checkpoints(self) -> list[CheckpointInfo]:
+        """All checkpoints, in the order of their commits. Reads the registry; changes nothing."""
+        return [self._directory.locate(info) for info in self._directory.registry.checkpoints]
+
+    @property
+    def latest(self) -> CheckpointInfo | None:
+        """The checkpoint that was committed last."""
+        latest = self._directory.registry.latest
+        return latest and self._directory.locate(latest)
+
+    @property
+    def best(self) -> CheckpointInfo | None:
+        """The best checkpoint by the monitored metric."""
+        best = self._directory.registry.best
+        return best and self._directory.locate(best)
+
+    @property
+    def best_score(self) -> float:
+        """The best checkpoint's metric; without one, infinitely bad."""
+        score = self._directory.registry.best_score
+        return score if score is not None else float("inf" if self.monitor_mode == "min" else "-inf")
+
+    @property
+    def best_checkpoint_path(self) -> Path | None:
+        """`best_model.pt`, if there is a best checkpoint. It may share its bytes with the checkpoint's own file."""
+        return self.checkpoint_dir / BEST_NAME if self._directory.registry.best else None
+
+    def verify(self) -> list[VerifyReport]:
+        """Read every byte of every checkpoint and check it. Blocks; changes nothing. A missing file is a problem."""
+        reports = []
+        for info in self.list_checkpoints():
+            try:
+                reports.append(verify(info.filepath))
+            except OSError as error:
+                reports.append(VerifyReport(str(info.filepath), 0, 0, (str(error),), None))
+        return reports
+
+    def prune(self, retention: RetentionPolicy | None = None, *, dry_run: bool = False) -> list[CheckpointInfo]:
+        """Apply the retention policy (or another one) now; the checkpoints that were deleted.
+
+        Also those that were recovered without a registry, which saving leaves alone. Blocks until the files are
+        deleted, durably. With `dry_run` nothing is changed. Raises as `save` does when the directory can't be written.
+        """
+        return [self._directory.locate(info) for info in self._directory.prune(retention, dry_run=dry_run)]
+
+    # --- the end ---
+
+    def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Warm the memory for the first save. Blocks, without the GIL; see `AsyncCheckpointSaver.prepare`."""
+        if Ranks().is_first:
+            self._saver.prepare(create_checkpoint(model, optimizer, save_rng=False))
+
+    def wait(self, timeout: float | None = None) -> None:
+        """The barrier: return once every save before is durable and what it replaced is deleted, or raise.
+
+        In a distributed run it is a barrier of all ranks. See `AsyncCheckpointSaver.wait`.
+        """
+        Ranks().on_first(lambda: self._saver.wait(timeout))
+
+    def close(self, timeout: float | None = None) -> None:
+        """Wait until everything is durable, and give threads, memory and the directory back. Raises as `wait` does."""
+        self._saver.close(timeout)
+        self._directory.close()
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._saver.__exit__(kind, error, traceback)
+        self._directory.close()
+
+
+@dataclass
+class _Restore:
+    """What a load restores into, and how."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer | None
+    scheduler: Any
+    device: torch.device | str | None
+    stateful: Mapping[str, Any] | None
+    rank_stateful: Mapping[str, Any] | None
+    strict: bool
+    restore_rng: bool
+    weights_only: bool | None
+
+    def for_rank(self, checkpoint: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+        """The checkpoint as this rank saved it: with its own generators' states, and what it kept of its own."""
+        rank_states = checkpoint.get("rank_states")
+        if rank_states is None and ranks.size == 1:
+            return checkpoint
+        own: dict[str, Any] = {}
+        if rank_states is not None and len(rank_states) == ranks.size:
+            own = rank_states[ranks.rank]
+        else:
+            num_saved = len(rank_states) if rank_states is not None else 1
+            log_quietly(
+                logging.WARNING,
+                f"saved by {num_saved} ranks and loaded by {ranks.size}: random number generators, and what ranks kept "
+                "of their own, are left as they are",
+            )
+        adapted = {**checkpoint, "stateful": {**checkpoint.get("stateful", {}), **own.get("stateful", {})}}
+        adapted.pop("rng_states", None)
+        if own.get("rng_states") is not None:
+            adapted["rng_states"] = own["rng_states"]
+        return adapted
+
+
+class _Unreadable(Exception):
+    """A checkpoint that can't be read, on this rank or another; the cause is what that rank met."""
+
+
+def _is_unreadable(error: Exception) -> bool:
+    if isinstance(error, (CorruptCheckpointError, CheckpointNotFoundError)):
+        return True
+    return isinstance(error, OSError) and error.errno in _UNREADABLE
+
+
+def _run(action: Callable[[], object]) -> None:
+    action()
+
+
+def _read(path: str, *, weights_only: bool, follow_links: bool) -> dict[str, Any]:
+    with open_checkpoint(path, follow_links=follow_links) as reader:
+        checkpoint = load_reader(reader, path, weights_only=weights_only)
+    if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
+        raise CheckpointError(f"{path} is whole, but not a training checkpoint: it has no model_state_dict")
+    return checkpoint
+
+
+def _local_directory(path: str | os.PathLike[str]) -> Path:
+    name = os.fspath(path)
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"checkpoint_dir must be the path of a directory, not {name!r}")
+    if "://" in name:
+        raise CheckpointError(f"{name}: this version saves to and loads from local paths only")
+    return Path(os.path.abspath(name))

@@ -1,0 +1,342 @@
+"""A checkpoint directory: read by anybody, written by one process at a time. No torch.
+
+The writer's order, each step durable before the next: the file is committed (the worker's business), `record` writes
+the registry and then the best link, the save is acknowledged, `delete_pending` deletes what retention dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from asyncckpt.errors import CheckpointError, CheckpointWriteError, StorageBusyError
+from asyncckpt.events import EventKind
+from asyncckpt.image.verify import default_num_threads, verify_reader
+from asyncckpt.naming import BEST_NAME, REGISTRY_NAME, numbered_name
+from asyncckpt.records import CheckpointInfo
+from asyncckpt.registry.recovery import Survey, describe_file, file_of, survey
+from asyncckpt.registry.registry import (
+    MAX_REGISTRY_BYTES,
+    PendingDelete,
+    Registry,
+    describe_in_file,
+    encode_registry,
+)
+from asyncckpt.registry.retention import RetentionPolicy, retained
+from asyncckpt.storage.base import Lock, Storage
+from asyncckpt.threads import log_quietly
+
+Report = Callable[[EventKind, str, str], None]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Where a checkpoint is listed once it is committed, and as what."""
+
+    directory: CheckpointDirectory
+    info: CheckpointInfo
+
+
+_LOCK_PAUSE_SECS = 0.05
+
+
+class CheckpointDirectory:
+    """One directory with a registry. Thread-safe.
+
+    Constructing it and reading change nothing. `open_for_writing` takes the directory's lock, which lasts until `close`
+    or the end of the process.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        storage: Storage,
+        *,
+        retention: RetentionPolicy | None = None,
+        metric: str | None = None,
+        mode: str | None = None,
+        lock_timeout_secs: float = 10.0,
+        report: Report = lambda kind, path, detail: None,
+    ) -> None:
+        self.path = path
+        self._storage = storage
+        self._retention = retention
+        self._metric, self._mode = metric, mode
+        self._lock_timeout_secs = lock_timeout_secs
+        self._report_event = report
+
+        self._opening = threading.RLock()
+        self._is_opening = False
+        self._lock: Lock | None = None
+        self._writing = threading.Lock()  # guards the writer's steps; the registry is a value, replaced whole
+        self._registry: Registry | None = None  # the writer's; what was committed but could not be recorded is in it
+        self._is_recorded = False  # registry.json says the same
+        self._linked_best: int | None = None
+        self._strangers: frozenset[str] = frozenset()
+        self._last_reserved = 0
+
+    # --- reading ---
+
+    def read(self) -> Survey:
+        """What the directory holds now. Blocks for a few small reads; raises as `survey` does."""
+        found = survey(self._storage, self.path, self._metric, self._mode)
+        if found.damage:
+            self._report(
+                logging.WARNING, "recovered", REGISTRY_NAME, f"damaged, so the files are listed instead: {found.damage}"
+            )
+        return found
+
+    @property
+    def registry(self) -> Registry:
+        """The registry: the writer's own, or what is read from the directory."""
+        registry = self._registry
+        if registry is not None and self._is_open():
+            return registry
+        return self.read().registry
+
+    def _is_open(self) -> bool:
+        """Not so in a forked child, nor when somebody has moved or removed the directory."""
+        lock = self._lock
+        with contextlib.suppress(OSError):
+            return lock is not None and lock.is_intact()
+        return False
+
+    def locate(self, info: CheckpointInfo) -> CheckpointInfo:
+        """The same checkpoint with the whole path of its file."""
+        return replace(info, filepath=Path(self.path) / info.filepath)
+
+    # --- opening for writing ---
+
+    def open_for_writing(self) -> None:
+        """Take the lock and make the directory agree with itself. Blocks; returns at once when it is open already.
+
+        Waits for a short time for another writer, then raises `StorageBusyError`. After a crash it may have to read a
+        checkpoint or two to make sure of them. Raises `CheckpointWriteError` when the directory can't be written, and
+        `RegistryError`.
+        """
+        with self._opening:
+            if self._is_open():
+                return
+            if self._is_opening:
+                raise CheckpointError(f"{self.path} is being opened for writing by what this signal interrupted")
+            self._is_opening = True
+            try:
+                self.close()
+                self._lock = self._take_lock()
+                self._recover()
+            except BaseException as error:
+                self.close()
+                if isinstance(error, OSError) and not isinstance(error, CheckpointError):
+                    reason = error.strerror or str(error)
+                    message = f"{self.path} can't be opened for writing: {reason}"
+                    raise CheckpointWriteError(message, errno=error.errno) from error
+                raise
+            finally:
+                self._is_opening = False
+
+    def close(self) -> None:
+        """Give the lock back. Nothing may be in flight."""
+        lock, self._lock, self._registry = self._lock, None, None
+        if lock is not None:
+            lock.release()
+
+    def _take_lock(self) -> Lock:
+        since = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        holder = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
+        deadline = time.monotonic() + self._lock_timeout_secs
+        while True:
+            try:
+                return self._storage.lock(self.path, holder)
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    raise StorageBusyError(
+                        f"{self.path} is being written to by {error.strerror}; a directory has one writer at a time: "
+                        "close that manager or end that process, or use another directory"
+                    ) from error
+            time.sleep(_LOCK_PAUSE_SECS)
+
+    def _recover(self) -> None:
+        for path in self._storage.sweep(self.path):
+            self._report(logging.WARNING, "swept", os.path.basename(path), "left by a writer that died")
+        found = survey(self._storage, self.path, self._metric, self._mode, every_file=True)
+        if found.damage:
+            self._set_aside(found.damage)
+        for info in found.gone:
+            self._report(logging.WARNING, "recovered", str(info.filepath), "its file is gone, so it is listed no more")
+        for name in found.strangers:
+            self._report(logging.INFO, "recovered", name, "not of this run: left alone")
+        registry = self._finish_deletes(found, self._adopt(found))
+        self._linked_best = found.linked_best
+        self._strangers = frozenset(found.strangers)
+        self._last_reserved = max(self._last_reserved, registry.last_sequence)
+        self._registry = registry
+        self._is_recorded = found.recorded is not None and _lists_the_same(registry, found.recorded)
+        if not self._is_recorded and (registry.checkpoints or found.recorded is not None):
+            self._write()
+        self._link_best()
+
+    def _adopt(self, found: Survey) -> Registry:
+        """Take in what was committed but not recorded, each file only if it is whole."""
+        registry = found.registry
+        for info in (*found.unrecorded, *found.restorable):
+            problem = self._problem(str(file_of(found, info)))
+            name = str(info.filepath)
+            if problem:
+                registry = registry.with_checkpoints(i for i in registry.checkpoints if i.sequence != info.sequence)
+                self._report(logging.WARNING, "recovered", name, f"not taken in: {problem}")
+            elif info in found.restorable:
+                self._storage.link(self.path_of(BEST_NAME), self.path_of(name))
+                self._report(logging.WARNING, "recovered", name, f"its file was gone, and is back from {BEST_NAME}")
+            else:
+                self._report(logging.WARNING, "recovered", name, "committed but not recorded: now it is")
+        return registry
+
+    def _finish_deletes(self, found: Survey, registry: Registry) -> Registry:
+        """Delete what a writer that died had dropped, but only if what was to replace it is whole."""
+        # Whatever else is on the list is gone already, or somebody else's file has that name now.
+        registry = registry.deleted(drop for drop in registry.pending_deletes if drop not in found.deletable)
+        if not found.deletable:
+            return registry
+        needed = [info for info in (registry.latest, registry.best) if info is not None]
+        if needed and not any(self._problem(str(info.filepath)) for info in needed):
+            return self._delete(registry, found.deletable)
+        rescued = []
+        for drop in found.deletable:
+            description = describe_file(self._storage, self.path_of(drop.name))
+            if description is not None and not self._problem(drop.name):
+                rescued.append(replace(description.info, protected=True))
+                self._report(logging.WARNING, "recovered", drop.name, "kept after all: what replaced it is damaged")
+        return registry.with_checkpoints([*registry.checkpoints, *rescued])
+
+    def _problem(self, name: str) -> str:
+        """What is wrong with a file; "" when it is whole. Reads all of it."""
+        path = self.path_of(name)
+        try:
+            with self._storage.open(path, follow_links=False) as reader:
+                report = verify_reader(reader, path, num_threads=default_num_threads())
+        except OSError as error:
+            return error.strerror or str(error)
+        return report.problems[0] if report.problems else ""
+
+    def _set_aside(self, damage: str) -> None:
+        """Keep a damaged registry for whoever wants to look at it."""
+        name = f"registry.damaged-{secrets.token_hex(4)}.json"
+        contents = self._storage.read(self.path_of(REGISTRY_NAME), MAX_REGISTRY_BYTES)
+        self._storage.replace(self.path_of(name), contents)
+        self._report(
+            logging.WARNING, "recovered", REGISTRY_NAME, f"rebuilt from the files, the old one is {name}: {damage}"
+        )
+
+    # --- writing ---
+
+    def reserve(self, info: CheckpointInfo) -> CheckpointInfo:
+        """Give a checkpoint that is about to be written its sequence number, and a name that nobody else's file has."""
+        assert self._registry is not None, "not open for writing"
+        self._last_reserved += 1
+        name = str(info.filepath)
+        number = 2
+        while name in self._strangers:
+            name = numbered_name(str(info.filepath), number)
+            number += 1
+        return replace(info, filepath=Path(name), sequence=self._last_reserved)
+
+    def describe(self, info: CheckpointInfo) -> Mapping[str, object]:
+        """What the checkpoint's file is to say of itself."""
+        assert self._registry is not None, "not open for writing"
+        return describe_in_file(self._registry, info)
+
+    def record(self, info: CheckpointInfo) -> CheckpointInfo:
+        """The file is committed: write the registry, then the best link; durable on return. Blocks.
+
+        After an OSError the file is there but may not be listed; the next `record`, or whoever opens the directory
+        next, lists it. May be called again for the same checkpoint.
+        """
+        with self._writing:
+            assert self._registry is not None, "not open for writing"
+            registry = self._registry.with_checkpoint(info)
+            if self._retention is not None:
+                registry = registry.keeping(retained(self._retention, registry.checkpoints))
+            self._registry = registry
+            self._write()
+            self._link_best()
+        return next((kept for kept in registry.checkpoints if kept.sequence == info.sequence), info)
+
+    def delete_pending(self) -> None:
+        """Delete what the recorded registry no longer needs; durable on return. Blocks. Never raises OSError."""
+        with self._writing:
+            if self._registry is not None and self._is_recorded:
+                self._registry = self._delete(self._registry, self._registry.pending_deletes)
+
+    def prune(self, retention: RetentionPolicy | None = None, *, dry_run: bool = False) -> list[CheckpointInfo]:
+        """Apply a policy now, to checkpoints recovered without a registry too; what was (or would be) dropped."""
+        if dry_run:
+            return self._pruned(self.registry, retention)[1]
+        self.open_for_writing()
+        with self._writing:
+            assert self._registry is not None
+            self._registry, dropped = self._pruned(self._registry, retention)
+            self._write()
+            self._link_best()
+        self.delete_pending()
+        return dropped
+
+    def _pruned(self, registry: Registry, retention: RetentionPolicy | None) -> tuple[Registry, list[CheckpointInfo]]:
+        policy = retention or self._retention
+        if policy is None:
+            raise ValueError("no retention policy was given")
+        bare = registry.with_checkpoints(replace(info, protected=False) for info in registry.checkpoints)
+        kept = retained(policy, bare.checkpoints)
+        return bare.keeping(kept), [info for info in bare.checkpoints if info.sequence not in kept]
+
+    def _write(self) -> None:
+        assert self._registry is not None
+        self._is_recorded = False
+        self._storage.replace(self.path_of(REGISTRY_NAME), encode_registry(self._registry))
+        self._is_recorded = True
+
+    def _link_best(self) -> None:
+        """The registry is the truth; the link follows."""
+        assert self._registry is not None
+        best = self._registry.best
+        if best is not None and best.sequence != self._linked_best:
+            self._storage.link(self.path_of(str(best.filepath)), self.path_of(BEST_NAME))
+            self._linked_best = best.sequence
+
+    def _delete(self, registry: Registry, pending: tuple[PendingDelete, ...]) -> Registry:
+        """What could be deleted is off the list; the rest is tried again after the next save."""
+        if not pending:
+            return registry
+        try:
+            self._storage.delete([self.path_of(drop.name) for drop in pending])
+        except OSError as error:
+            if len(pending) == 1:
+                reason = error.strerror or str(error)
+                self._report(logging.WARNING, "failed", pending[0].name, f"could not be deleted: {reason}")
+                return registry
+            for drop in pending:
+                registry = self._delete(registry, (drop,))
+            return registry
+        for drop in pending:
+            self._report(logging.INFO, "deleted", drop.name, "dropped by retention")
+        return registry.deleted(pending)
+
+    def path_of(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+    def _report(self, level: int, kind: EventKind, name: str, detail: str) -> None:
+        path = self.path_of(name)
+        log_quietly(level, f"{path}: {detail}")
+        self._report_event(kind, path, detail)
+
+
+def _lists_the_same(a: Registry, b: Registry) -> bool:
+    return (a.checkpoints, a.monitor_metric, a.monitor_mode) == (b.checkpoints, b.monitor_metric, b.monitor_mode)

@@ -1,0 +1,530 @@
+"""A checkpoint directory on a real file system: commits, retention, recovery, and what it survives."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from storage.seam import Call, Fault, Seam
+
+import asyncckpt
+from asyncckpt import AsyncCheckpointSaver, CheckpointInfo, CheckpointWriteError, RegistryError, StorageBusyError
+from asyncckpt.naming import LOCK_NAME, checkpoint_name, is_temporary_name
+from asyncckpt.registry.directory import CheckpointDirectory, Listing
+from asyncckpt.registry.retention import KeepEvery, KeepLast
+from asyncckpt.storage.local import LocalStorage
+
+TENSOR = torch.arange(1000.0)
+
+
+class Run:
+    """Saves into a directory as a manager does, one checkpoint at a time."""
+
+    def __init__(self, path: Path, num_kept: int = 2) -> None:
+        self.path = path
+        self.num_kept = num_kept
+        self.events: list[tuple[str, str]] = []
+        self.saver = AsyncCheckpointSaver(retries=0)
+        self.directory = self.reopened()
+
+    def reopened(self) -> CheckpointDirectory:
+        """As another process sees it."""
+
+        def note(kind: str, path: str, detail: str) -> None:
+            self.events.append((kind, os.path.basename(path)))
+
+        return CheckpointDirectory(
+            str(self.path),
+            LocalStorage(),
+            retention=KeepLast(self.num_kept),
+            metric="val_loss",
+            mode="min",
+            lock_timeout_secs=0.1,
+            report=note,
+        )
+
+    def save(self, step: int, loss: float | None = None) -> CheckpointInfo:
+        self.directory.open_for_writing()
+        info = CheckpointInfo(
+            Path(checkpoint_name(1, step, {"loss": loss})),
+            epoch=1,
+            global_step=step,
+            val_loss=loss,
+            timestamp=f"2026-01-01T00:00:00.{len(self.events):06}+00:00",
+        )
+        handle = self.saver.save_listed(
+            {"tensor": TENSOR + step}, Listing(self.directory, self.directory.reserve(info))
+        )
+        result = handle.result(60)
+        self.saver.wait(60)
+        return result
+
+    def restart(self) -> None:
+        """The process ends, and another one opens the directory for writing."""
+        self.directory.close()
+        self.directory = self.reopened()
+        self.events.clear()
+        self.directory.open_for_writing()
+
+    def steps(self) -> list[int | None]:
+        return [info.global_step for info in self.directory.registry.checkpoints]
+
+    def best_step(self) -> int | None:
+        best = self.directory.registry.best
+        return best.global_step if best else None
+
+    def contents(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in self.path.iterdir() if path.name != LOCK_NAME}
+
+    def file(self, step: int) -> Path:
+        (found,) = self.path.glob(f"checkpoint_*step{step:08}*")
+        return found
+
+    def assert_in_order(self) -> None:
+        """The registry names whole files and only those, the best link is the best, and nothing else lies about."""
+        document = json.loads((self.path / "registry.json").read_bytes())
+        names = [entry["filepath"] for entry in document["checkpoints"]]
+        for entry in document["checkpoints"]:
+            assert asyncckpt.verify(self.path / entry["filepath"]).ok
+            loaded = torch.load(self.path / entry["filepath"], weights_only=True)
+            assert bool((loaded["tensor"] == TENSOR + entry["global_step"]).all())
+        best = [entry for entry in document["checkpoints"] if entry["is_best"]]
+        assert len(best) <= 1
+        if best:
+            assert (self.path / "best_model.pt").read_bytes() == (self.path / best[0]["filepath"]).read_bytes()
+        expected = {*names, "registry.json", LOCK_NAME, *(["best_model.pt"] if best else [])}
+        assert {path.name for path in self.path.iterdir()} == expected
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    run = Run(tmp_path / "run")
+    yield run
+    run.saver.close(60)
+    run.directory.close()
+
+
+def test_retention_and_best(run: Run) -> None:
+    """The newest two and the best; what is worse, NaN or unknown never is the best."""
+    for step, loss in [(10, 0.5), (20, 0.4), (30, 0.6), (40, math.nan), (50, None), (60, 0.7)]:
+        run.save(step, loss)
+        run.assert_in_order()
+    assert run.steps() == [20, 50, 60]
+    assert run.best_step() == 20
+
+
+def test_improving_at_every_save_keeps_just_what_the_policy_says(run: Run) -> None:
+    for step in range(1, 9):
+        assert run.save(step, 1 / step).is_best
+    assert run.steps() == [7, 8]
+    run.assert_in_order()
+
+
+def test_best_link_shares_its_bytes(run: Run) -> None:
+    run.save(1, 0.5)
+    assert os.path.samefile(run.path / "best_model.pt", run.file(1))
+
+
+def test_reading_changes_nothing(run: Run) -> None:
+    """Neither a directory that is not there, nor one that a writer has open, nor one that needs recovery."""
+    reader = run.reopened()
+    assert [*reader.registry.checkpoints] == []
+    assert not run.path.exists()
+    run.save(1, 0.5)
+    (run.path / "registry.json").unlink()
+    before = {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in run.path.iterdir()}
+    assert [info.global_step for info in reader.registry.checkpoints] == [1]
+    assert {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in run.path.iterdir()} == before
+
+
+def test_opening_twice_changes_nothing(run: Run) -> None:
+    for step in range(4):
+        run.save(step, 1.0)
+    run.restart()
+    before = run.contents()
+    for _ in range(2):
+        run.restart()
+        assert run.contents() == before
+        assert run.events == []
+
+
+def test_one_writer(run: Run) -> None:
+    """The second one is told who the first is; it may read, and write once the first has closed."""
+    run.save(1, 0.5)
+    other = run.reopened()
+    with pytest.raises(StorageBusyError, match=rf"process {os.getpid()} on .*, since 20\d\d"):
+        other.open_for_writing()
+    assert [info.global_step for info in other.registry.checkpoints] == [1]
+    run.directory.close()
+    other.open_for_writing()
+    with pytest.raises(StorageBusyError):
+        run.directory.open_for_writing()
+    other.close()
+
+
+def test_numbers_go_on_after_a_restart(run: Run) -> None:
+    first = run.save(1, 0.5)
+    run.restart()
+    second = run.save(2, 0.4)
+    assert (first.sequence, second.sequence) == (1, 2)
+    run_id = run.directory.registry.run_id
+    run.restart()
+    assert run.directory.registry.run_id == run_id
+
+
+def test_a_moved_directory(run: Run, tmp_path: Path) -> None:
+    """Names are relative: it works wherever it is."""
+    run.save(1, 0.5)
+    run.directory.close()
+    shutil.move(run.path, tmp_path / "elsewhere")
+    run.path = tmp_path / "elsewhere"
+    run.directory = run.reopened()
+    run.save(2, 0.4)
+    assert run.steps() == [1, 2]
+    run.assert_in_order()
+
+
+def test_a_directory_removed_under_a_writer(run: Run) -> None:
+    """The lock went with it: the next save opens anew, and lists what is there."""
+    run.save(1, 0.5)
+    shutil.rmtree(run.path)
+    run.save(2, 0.6)
+    assert run.steps() == [2]
+    run.assert_in_order()
+
+
+# --- recovery ---
+
+
+def test_committed_but_not_recorded(run: Run) -> None:
+    """A crash after the rename: the file is listed, is the latest, and may be the best."""
+    run.save(1, 0.5)
+    registry = (run.path / "registry.json").read_bytes()
+    run.save(2, 0.4)
+    (run.path / "registry.json").write_bytes(registry)
+    assert run.reopened().registry.latest == run.directory.registry.latest
+    run.restart()
+    assert run.events == [("recovered", run.file(2).name)]
+    assert run.steps() == [1, 2]
+    assert run.best_step() == 2
+    run.assert_in_order()
+
+
+def test_committed_but_torn(run: Run) -> None:
+    """What does not verify is not taken in, and is left alone."""
+    run.save(1, 0.5)
+    registry = (run.path / "registry.json").read_bytes()
+    run.save(2, 0.4)
+    (run.path / "registry.json").write_bytes(registry)
+    damage(run.file(2))
+    run.restart()
+    assert run.steps() == [1]
+    assert run.file(2).exists()
+    assert run.best_step() == 1
+
+
+def damage(path: Path) -> None:
+    """Flip a byte of a tensor, in the file itself."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_deletes_left_to_do(run: Run) -> None:
+    """A crash after the registry was written: the dropped file goes at the next open."""
+    run.save(1, 0.5)
+    run.save(2, 0.4)
+    dropped = run.file(1).read_bytes()
+    name = run.file(1).name
+    run.save(3, 0.6)
+    assert not (run.path / name).exists()
+    (run.path / name).write_bytes(dropped)
+    run.restart()
+    assert run.events == [("deleted", name)]
+    run.assert_in_order()
+
+
+@pytest.mark.parametrize("victim", [3, 2])
+def test_deletes_wait_for_their_replacement(run: Run, victim: int) -> None:
+    """If what replaced it is damaged, the dropped file is kept after all."""
+    run.save(1, 0.5)
+    run.save(2, 0.4)
+    dropped, name = run.file(1).read_bytes(), run.file(1).name
+    run.save(3, 0.6)
+    (run.path / name).write_bytes(dropped)
+    damage(run.file(victim))
+    run.restart()
+    assert ("recovered", name) in run.events
+    assert run.steps() == [1, 2, 3]
+    run.save(4, 0.9)
+    assert 1 in run.steps(), "protected until somebody prunes"
+
+
+def test_a_name_of_a_pending_delete_that_is_now_somebody_elses(run: Run) -> None:
+    """Only the file that was dropped is deleted, not another one with its name."""
+    run.save(1, 0.5)
+    name = run.file(1).name
+    run.save(2, 0.4)
+    run.save(3, 0.6)
+    torch.save({"mine": 1}, run.path / name)
+    run.restart()
+    run.save(4, 0.7)
+    assert torch.load(run.path / name) == {"mine": 1}
+
+
+def test_a_gone_file_is_listed_no_more(run: Run) -> None:
+    run.save(1, 0.4)
+    run.save(2, 0.5)
+    run.file(2).unlink()
+    assert [info.global_step for info in run.reopened().registry.checkpoints] == [1]
+    run.restart()
+    assert run.steps() == [1]
+    run.assert_in_order()
+
+
+def test_a_gone_best_file_comes_back_from_its_link(run: Run) -> None:
+    run.save(1, 0.4)
+    run.save(2, 0.5)
+    run.file(1).unlink()
+    run.restart()
+    assert run.steps() == [1, 2]
+    assert run.best_step() == 1
+    run.assert_in_order()
+
+
+@pytest.mark.parametrize("remove", [True, False])
+def test_a_best_link_that_is_behind(run: Run, remove: bool) -> None:
+    """Gone, or still the one before: it is made to agree with the registry."""
+    run.save(1, 0.5)
+    old = run.file(1).read_bytes()
+    run.save(2, 0.4)
+    (run.path / "best_model.pt").unlink()
+    if not remove:
+        (run.path / "best_model.pt").write_bytes(old)
+    run.restart()
+    run.assert_in_order()
+
+
+@pytest.mark.parametrize("text", [None, b"", b"{nonsense", b'{"run_id": 5}'])
+def test_a_lost_registry_is_rebuilt(run: Run, text: bytes | None) -> None:
+    """From the files; all of them are protected from retention until somebody prunes. A damaged one is kept."""
+    for step, loss in [(1, 0.4), (2, 0.5), (3, 0.6)]:
+        run.save(step, loss)
+    run_id = run.directory.registry.run_id
+    run.directory.close()
+    (run.path / "registry.json").unlink()
+    if text is not None:
+        (run.path / "registry.json").write_bytes(text)
+    assert [info.global_step for info in run.reopened().registry.checkpoints] == [1, 2, 3]
+    run.restart()
+    assert run.directory.registry.run_id == run_id
+    run.save(4, 0.7)
+    run.save(5, 0.8)
+    assert run.steps() == [1, 2, 3, 4, 5]
+    assert run.best_step() == 1
+    aside = list(run.path.glob("registry.damaged-*.json"))
+    assert [path.read_bytes() for path in aside] == ([] if text is None else [text])
+    for path in aside:
+        path.unlink()
+    dropped = run.directory.prune()
+    assert [info.global_step for info in dropped] == [2, 3]
+    run.assert_in_order()
+
+
+def test_rebuilding_leaves_out_what_is_damaged(run: Run) -> None:
+    run.save(1, 0.4)
+    run.save(2, 0.5)
+    run.directory.close()
+    (run.path / "registry.json").unlink()
+    damage(run.file(2))
+    run.restart()
+    assert run.steps() == [1]
+    assert run.file(2).exists()
+
+
+@pytest.mark.parametrize("text", [b'{"version": 2}', b'{"checkpoints": [], "best_score": 1}'])
+def test_a_registry_that_is_not_ours_stops_everything(run: Run, text: bytes) -> None:
+    """Nothing is read by it, and nothing in the directory is changed."""
+    run.save(1, 0.5)
+    run.directory.close()
+    (run.path / "registry.json").write_bytes(text)
+    before = run.contents()
+    reader = run.reopened()
+    for call in (lambda: reader.registry, reader.open_for_writing):
+        with pytest.raises(RegistryError, match=r"registry\.json can't be used"):
+            call()
+    assert run.contents() == before
+
+
+def test_another_runs_files_are_left_alone(run: Run, tmp_path: Path) -> None:
+    """Neither adopted nor pruned nor overwritten, whatever their names and numbers."""
+    other = Run(tmp_path / "other", num_kept=9)
+    for step in range(1, 6):
+        other.save(step, 0.1)
+    other.saver.close(60)
+    other.directory.close()
+    run.save(1, 0.5)
+    run.directory.close()
+    stranger = shutil.copy(other.file(5), run.path)
+    torch.save({"mine": 1}, run.path / "step7.pt")
+    run.directory = run.reopened()
+    saved = run.save(5, 0.1)
+    assert saved.filepath.name == Path(stranger).name.replace(".pt", "_2.pt")
+    run.save(6, 0.2)
+    run.save(7, 0.3)
+    assert Path(stranger).read_bytes() == other.file(5).read_bytes()
+    assert torch.load(run.path / "step7.pt") == {"mine": 1}
+    assert run.steps() == [5, 6, 7]
+    run.restart()
+    assert run.steps() == [5, 6, 7]
+
+
+def test_the_same_name_again(run: Run) -> None:
+    """A run taken back to an old step may write the same name: one file, one entry, the latest."""
+    run.save(1, 0.5)
+    run.save(2, 0.4)
+    run.save(1, 0.5)
+    assert run.steps() == [2, 1]
+    run.save(2, 0.4)
+    assert run.steps() == [1, 2]
+    assert run.best_step() == 2
+    run.assert_in_order()
+
+
+def test_the_same_name_again_but_not_recorded(run: Run) -> None:
+    run.save(1, 0.5)
+    run.save(2, 0.4)
+    registry = (run.path / "registry.json").read_bytes()
+    run.save(1, 0.5)
+    (run.path / "registry.json").write_bytes(registry)
+    run.restart()
+    assert run.steps() == [2, 1]
+    assert run.directory.registry.last_sequence == 3
+    run.assert_in_order()
+
+
+def test_rollback_the_new_branch_is_the_latest(run: Run) -> None:
+    for step in (100, 200, 300):
+        run.save(step, 1.0)
+    for step in (150, 160, 170):
+        run.save(step, 2.0)
+    assert run.steps()[-2:] == [160, 170]
+    assert 300 not in run.steps()
+
+
+def test_prune(run: Run) -> None:
+    for step in (1, 2, 3):
+        run.save(step, 1.0 / step)
+    before = run.contents()
+    assert [info.global_step for info in run.directory.prune(KeepLast(1), dry_run=True)] == [2]
+    assert run.contents() == before
+    assert [info.global_step for info in run.directory.prune(KeepLast(1))] == [2]
+    run.assert_in_order()
+    assert run.directory.prune(KeepEvery(steps=1)) == []
+
+
+# --- faults ---
+
+
+def test_a_symbolic_link_is_not_followed(run: Run, tmp_path: Path) -> None:
+    """A name in the directory that leads out of it is neither read, nor listed, nor written through."""
+    outside = tmp_path / "outside.pt"
+    run.save(1, 0.5)
+    shutil.copy(run.file(1), outside)
+    name = run.file(1).name
+    run.file(1).unlink()
+    (run.path / "best_model.pt").unlink()
+    (run.path / name).symlink_to(outside)
+    content = outside.read_bytes()
+    run.restart()
+    run.save(2, 0.4)
+    run.save(3, 0.3)
+    run.save(4, 0.2)
+    assert outside.read_bytes() == content
+
+
+def test_a_registry_that_is_a_symbolic_link(run: Run, tmp_path: Path) -> None:
+    run.save(1, 0.5)
+    run.directory.close()
+    shutil.move(run.path / "registry.json", tmp_path / "elsewhere.json")
+    (run.path / "registry.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(OSError, match="symbolic links"):
+        _ = run.reopened().registry
+
+
+def on_registry(name: str) -> Callable[[Call], bool]:
+    return lambda call: (
+        call.name == name
+        and ("registry.json" in call.path or (name == "rename" and "registry.json" in str(call.args[1])))
+    )
+
+
+@pytest.mark.parametrize("name", ["open_file", "allocate", "pwrite", "fsync", "rename"])
+@pytest.mark.parametrize("error_number", [errno.ENOSPC, errno.EIO])
+def test_the_registry_can_not_be_written(run: Run, name: str, error_number: int) -> None:
+    """The save fails and says that the file is whole; nothing is lost, and the next save lists it."""
+    run.save(1, 0.5)
+    is_victim = on_registry(name)
+
+    def fail(call: Call) -> None:
+        if is_victim(call):
+            raise OSError(error_number, os.strerror(error_number))
+
+    before = (run.path / "registry.json").read_bytes()
+    with Seam(fail), pytest.raises(CheckpointWriteError, match="is whole, but could not be listed in the registry"):
+        run.save(2, 0.4)
+    assert (run.path / "registry.json").read_bytes() == before
+    assert asyncckpt.verify(run.file(1)).ok
+    assert asyncckpt.verify(run.file(2)).ok
+    assert not any(is_temporary_name(path.name) for path in run.path.iterdir())
+    run.save(3, 0.6)
+    assert run.steps() == [2, 3]
+    assert run.best_step() == 2
+    run.assert_in_order()
+
+
+def test_a_fault_at_every_call(run: Run) -> None:
+    """Whatever fails during a save with retention and a change of the best: the directory is in order after the next
+    opening, and holds what was acknowledged or something newer."""
+    run.save(1, 0.9)
+    run.save(2, 0.8)
+    with Seam() as seam:
+        run.save(3, 0.7)
+    for number in range(len(seam.calls) + 5):
+        newest = 10 + 2 * number
+        fault = Fault(number, errno.EIO, sticky=False)
+        acknowledged = True
+        with Seam(fault):
+            try:
+                run.save(newest, 1 / newest)
+            except CheckpointWriteError:
+                acknowledged = False
+        run.restart()
+        run.assert_in_order()
+        assert run.steps()[-1] == newest or not acknowledged, fault.hit
+        run.save(newest + 1, 1 / (newest + 1))
+        run.assert_in_order()
+
+
+def test_a_denied_delete_fails_no_save(run: Run) -> None:
+    """It is tried again after the next one."""
+    run.save(1, 0.5)
+    run.save(2, 0.4)
+
+    def deny(call: Call) -> None:
+        if call.name == "unlink" and call.path.endswith(".pt"):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with Seam(deny):
+        run.save(3, 0.3)
+    assert run.file(1).exists()
+    assert run.steps() == [2, 3]
+    run.save(4, 0.2)
+    run.assert_in_order()
