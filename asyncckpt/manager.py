@@ -9,7 +9,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -357,7 +357,7 @@ class CheckpointManager:
         request = _Restore(
             model, optimizer, scheduler, device, stateful, rank_stateful, strict, restore_rng, weights_only
         )
-        return self._restore_first(lambda found: list(reversed(found.registry.checkpoints)), request, "checkpoint")
+        return self._restore_first(self._newest_first, request, "checkpoint")
 
     def load_best(
         self,
@@ -379,7 +379,7 @@ class CheckpointManager:
         request = _Restore(
             model, optimizer, scheduler, device, stateful, rank_stateful, strict, restore_rng, weights_only
         )
-        return self._restore_first(lambda found: [found.registry.best], request, "best")
+        return self._restore_first(self._best_first, request, "best checkpoint")
 
     def load(
         self,
@@ -423,34 +423,44 @@ class CheckpointManager:
         return str(in_directory) if not os.path.exists(name) and in_directory.exists() else os.path.abspath(name)
 
     def _restore_first(
-        self, choose: Callable[[Survey], Sequence[CheckpointInfo | None]], request: _Restore, what: str
+        self, choose: Callable[[Survey], list[str]], request: _Restore, what: str
     ) -> tuple[int, dict[str, Any]]:
-        """The first of the chosen checkpoints that every rank can read."""
+        """The first of the chosen files that every rank can read."""
         ranks = Ranks()
-        for _ in range(_NUM_LOOKS):
-            paths = ranks.on_first(lambda: self._paths(choose))
+        error: BaseException | None = None
+        for look in range(_NUM_LOOKS):
+            paths = ranks.on_first(lambda: choose(self._directory.read()))
             if not paths:
                 log_quietly(logging.INFO, f"{self.checkpoint_dir} has no {what} to resume from")
                 return 0, {}
-            error: BaseException | None = None
             for path in paths:
                 try:
                     return self._restore(path, request)
                 except _Unreadable as unreadable:
                     error = unreadable.__cause__
-                    self._fall_back(path, unreadable)
-            if ranks.on_first(lambda: self._paths(choose)) == paths:
-                break  # nobody has changed the directory since
+                    is_last_look = look == _NUM_LOOKS - 1
+                    if not is_last_look and ranks.on_first(lambda: choose(self._directory.read())) != paths:
+                        break  # another process has changed the directory meanwhile
+                    self._report_fallback(path, unreadable, is_last=path == paths[-1])
+            else:
+                break
         raise CorruptCheckpointError(
             f"no {what} in {self.checkpoint_dir} can be read; the last error: {error}"
         ) from error
 
-    def _paths(self, choose: Callable[[Survey], Sequence[CheckpointInfo | None]]) -> list[str]:
-        found = self._directory.read()
-        return [self._directory.path_of(str(file_of(found, info))) for info in choose(found) if info is not None]
+    def _newest_first(self, found: Survey) -> list[str]:
+        return [self._directory.path_of(str(file_of(found, info))) for info in reversed(found.registry.checkpoints)]
 
-    def _fall_back(self, path: str, error: Exception) -> None:
-        log_quietly(logging.WARNING, f"{error}; trying the next older checkpoint")
+    def _best_first(self, found: Survey) -> list[str]:
+        """The best one's file; then its link, which may be a copy, and whole."""
+        best = found.registry.best
+        if best is None:
+            return []
+        names = [str(file_of(found, best))] + [BEST_NAME] * (found.linked_best == best.sequence)
+        return [self._directory.path_of(name) for name in dict.fromkeys(names)]
+
+    def _report_fallback(self, path: str, error: Exception, *, is_last: bool) -> None:
+        log_quietly(logging.WARNING, f"{error}" if is_last else f"{error}; trying the next one")
         self._saver.emit("fallback", path, str(error))
 
     def _restore(self, path: str, request: _Restore, *, follow_links: bool = False) -> tuple[int, dict[str, Any]]:

@@ -37,6 +37,9 @@ LAYERS = [
     "image.file",
     "image.verify",
     "storage.local",
+    "storage.links storage.directory_lock",
+    "storage.temporary storage.directories",
+    "storage.files",
     "storage.base storage.system_calls",
     "image.checksum",
     "image.layout image.arena",
@@ -50,6 +53,7 @@ TORCH_FREE = {
     *("registry.registry", "registry.retention", "registry.recovery", "registry.directory"),
     *("image.layout", "image.arena", "image.checksum", "image.verify", "image.file"),
     *("storage.base", "storage.local", "storage.system_calls"),
+    *(f"storage.{name}" for name in ("files", "directories", "temporary", "links", "directory_lock")),
     *(f"service.{name}" for name in ("queue", "worker", "handle", "admission", "order", "memory", "exit")),
 }
 

@@ -135,7 +135,7 @@ def _lay_out(pickled: bytes, pickler: _StatePickler, metadata: Mapping[str, obje
     # The digest is a fixed number of characters, so that the layout it describes doesn't depend on it.
     try:
         description = msgspec.json.encode({**metadata, "layout_digest": _NO_DIGEST})
-    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
         raise UnsupportedStateError(f"metadata must be plain data that JSON can hold: {error}") from error
     if len(description) > MAX_METADATA_BYTES:
         raise UnsupportedStateError(f"metadata takes {len(description):,} bytes; put large data into the state")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 
 
@@ -49,6 +50,19 @@ class Upload(ABC):
         """Give up what is still held after `commit`. It may take a while; nobody needs to wait for it."""
 
 
+@contextmanager
+def committing(upload: Upload) -> Iterator[Upload]:
+    """Sync, commit and close the upload at the end of the block; abort it after any error."""
+    try:
+        yield upload
+        upload.sync()
+        upload.commit()
+        upload.close()
+    except BaseException:
+        upload.abort()
+        raise
+
+
 class Reader(ABC):
     """One open file: it stays the same file whatever is renamed or deleted around it. Thread-safe but for `close`."""
 
@@ -72,7 +86,10 @@ class Reader(ABC):
 
 
 class Lock(ABC):
-    """The right to write in a directory, for as long as this process lives or until `release`."""
+    """The right to write in a directory, until `release` or this process ends, however it ends. Not thread-safe.
+
+    Neither forked children nor other programs that this process starts inherit it.
+    """
 
     @abstractmethod
     def is_intact(self) -> bool:
@@ -101,47 +118,56 @@ class Storage(ABC):
         """
 
     def read(self, path: str, max_bytes: int) -> bytes:
-        """The contents of a small file, not a symbolic link. Raises as `open` does, and OSError if it is larger."""
+        """The contents of a small file, not a symbolic link. Blocks.
+
+        Raises as `open` does, and OSError when the file is larger, or is cut short while it is read.
+        """
         with self.open(path, follow_links=False) as reader:
             if reader.num_bytes > max_bytes:
                 raise OSError(errno.EFBIG, f"larger than {max_bytes:,} bytes", path)
             contents = bytearray(reader.num_bytes)
-            reader.read_into(0, memoryview(contents))
+            try:
+                reader.read_into(0, memoryview(contents))
+            except EOFError as error:
+                raise OSError(errno.EIO, str(error), path) from error
             return bytes(contents)
 
     def replace(self, path: str, contents: bytes) -> None:
-        """Write a small file in one act; durable on return. Blocks. After an OSError the old or the new is there."""
-        upload = self.begin(path, len(contents))
-        try:
+        """Write a small file in one act, making its directories as needed; durable on return. Blocks.
+
+        After an OSError the path holds the old file or the new one, each whole.
+        """
+        with committing(self.begin(path, len(contents))) as upload:
             upload.write(0, memoryview(contents))
-            upload.sync()
-            upload.commit()
-            upload.close()
-        except BaseException:
-            upload.abort()
-            raise
 
     @abstractmethod
     def list_names(self, directory: str) -> list[str]:
-        """The names in a directory. Raises FileNotFoundError when there is none. Blocks."""
+        """The names in a directory, sorted. Raises FileNotFoundError when there is none. Blocks."""
 
     @abstractmethod
     def delete(self, paths: Sequence[str]) -> None:
-        """Delete files of one directory; durable on return. Those that are gone already don't matter. Blocks."""
+        """Delete files of one directory; durable on return. Those that are gone already don't matter. Blocks.
+
+        After an OSError, also for a directory among the paths, some are deleted and some are not.
+        """
 
     @abstractmethod
     def link(self, source: str, destination: str) -> None:
         """Make `destination` hold what `source` holds, in one act, without a second copy where that can be had.
 
-        Durable on return. Replaces what is there. The two may share their bytes for good: a program that writes into
-        one in place changes both. Blocks.
+        Durable on return, if `source` is. Replaces what is there. The two may share their bytes for good: a program
+        that writes into one in place changes both. Blocks, long only where it takes a copy.
+
+        Raises FileNotFoundError when there is no source, or no directory for the destination, and OSError for a source
+        that is a symbolic link. After an OSError the destination holds the old file or the new one, each whole.
         """
 
     @abstractmethod
     def lock(self, directory: str, holder: str) -> Lock:
         """Take the directory's lock, making the directory as needed; `holder` tells others who has it.
 
-        Does not wait: raises BlockingIOError, with what its holder said of itself as text, when it is taken.
+        Does not wait: raises BlockingIOError, with what its holder said of itself as `strerror`, when it is taken.
+        Where there are no locks it is always had, and the log says so once.
         """
 
     @abstractmethod

@@ -71,6 +71,11 @@ def try_lock(fd: int) -> bool:
     return True
 
 
+def unlock(fd: int) -> None:
+    """Give the lock up, whoever else has a copy of the descriptor."""
+    fcntl.flock(fd, fcntl.LOCK_UN)
+
+
 def rename(source: str, destination: str) -> None:
     os.replace(source, destination)
 
@@ -98,6 +103,10 @@ def make_directory(path: str) -> None:
 
 def stat(path: str) -> os.stat_result:
     return os.stat(path)
+
+
+def lstat(path: str) -> os.stat_result:
+    return os.lstat(path)
 
 
 def fstat(fd: int) -> os.stat_result:

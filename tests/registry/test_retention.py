@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import FrozenInstanceError, dataclass, replace
 from itertools import combinations, product
 from pathlib import Path
@@ -183,6 +184,23 @@ def test_every_so_many_hours(hours: float, timestamps: list[str], kept: set[int]
     assert KeepEvery(hours=hours).kept(checkpoints[::-1]) == kept
 
 
+@pytest.fixture
+def far_from_utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The machine's clock is set to a zone five and a half hours off."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Somewhere-5:30")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("far_from_utc")
+def test_hours_are_the_same_in_every_zone() -> None:
+    """A timestamp without an offset is UTC, wherever it is read."""
+    checkpoints = [info(1, timestamp="2024-05-01T10:10:00+00:00"), info(2, timestamp="2024-05-01T10:50:00")]
+    assert KeepEvery(hours=1).kept(checkpoints) == {1}
+
+
 # --- all of them ---
 
 
@@ -326,7 +344,7 @@ def milestones(policy: KeepEvery, history: list[CheckpointInfo]) -> frozenset[in
     )
 
 
-def retain_step_by_step(policy: RetentionPolicy, history: list[CheckpointInfo]) -> Iterable[list[CheckpointInfo]]:
+def retain_step_by_step(policy: RetentionPolicy, history: list[CheckpointInfo]) -> Iterator[list[CheckpointInfo]]:
     """What is left after each commit, when the policy is applied after every one."""
     left: list[CheckpointInfo] = []
     for commit in history:

@@ -741,7 +741,9 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path, ending: str) -> N
             upload.abort()
             assert names(tmp_path) == set()
         else:
-            upload.close_descriptors()  # as the kernel does
+            for descriptor in (upload._file, upload._direct_file):
+                assert descriptor is not None
+                descriptor.close()  # as the kernel does
             assert len(LocalStorage().sweep(str(tmp_path))) == 1
 
 

@@ -33,7 +33,8 @@ MODULES = {"shutil", "tempfile", "glob", "fileinput"}
 # What is not about checkpoint directories: anonymous memory, the kernel's own figures, and the storage's interface.
 ALLOWED = {
     "image/arena.py": {"os.memfd_create", "os.ftruncate", "os.close"},
-    "image/load.py": {".open", ".exists"},  # LocalStorage.open, and whether there is a /proc
+    "image/file.py": {".open"},  # LocalStorage.open
+    "image/load.py": {".exists"},  # whether there is a /proc
     "image/staging.py": {"open"},  # /proc/self/maps
     "service/memory.py": {".read_text"},  # /proc and /sys
 }
@@ -47,7 +48,7 @@ def file_system_calls(source: str) -> Iterator[tuple[int, str]]:
             if owner in ("os", "fcntl"):
                 if node.attr in CALLS:
                     yield node.lineno, f"{owner}.{node.attr}"
-            elif node.attr in METHODS and owner not in ("system_calls", "self"):
+            elif node.attr in METHODS and owner not in ("system_calls", "self", "storage") and not is_storage(node.value):
                 yield node.lineno, f".{node.attr}"
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "open":
             yield node.lineno, "open"
