@@ -305,7 +305,8 @@ class CheckpointManager:
         with self._saving:
             self._forget_settled()
             recent = list(self._recent_timings)
-        stalls = [timings.blocked_secs + timings.fence_secs for timings in recent]
+            in_flight = [handle.timings for handle, _ in self._in_flight]
+        stalls = [timings.blocked_secs + timings.fence_secs for timings in [*recent, *in_flight]]
         writes = [timings.durable_secs for timings in recent]
         return Progress(
             step=step,

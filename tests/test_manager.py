@@ -783,6 +783,7 @@ def test_adaptive_interval_learns_from_the_saves(make: Callable[..., CheckpointM
     manager = make(save_policy=asyncckpt.AdaptiveInterval(max_overhead=1e-9))
     assert manager.should_save(1)
     training.save(manager, global_step=1)
+    assert not manager.should_save(2)  # before the write is over, too
     manager.wait(60)
     assert not any(manager.should_save(step) for step in range(2, 50))
     eager = make(Path(str(manager.checkpoint_dir) + "2"), save_policy=asyncckpt.AdaptiveInterval(max_overhead=1.0))
