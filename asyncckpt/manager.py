@@ -28,6 +28,7 @@ from asyncckpt.errors import (
 from asyncckpt.image.file import open_checkpoint, verify
 from asyncckpt.image.load import load_reader
 from asyncckpt.naming import BEST_NAME, checkpoint_name
+from asyncckpt.overhead import OverheadMeter
 from asyncckpt.policies import Progress, SavePolicy
 from asyncckpt.records import CheckpointInfo, Timings, VerifyReport, is_better
 from asyncckpt.registry.directory import CheckpointDirectory, Listing
@@ -121,6 +122,7 @@ class CheckpointManager:
         self._saving = threading.RLock()  # guards what follows; reentrant, since signal handlers may save
         self._in_flight: list[tuple[SaveHandle, CheckpointInfo]] = []
         self._recent_timings: deque[Timings] = deque(maxlen=_NUM_RECENT_SAVES)
+        self._overhead = OverheadMeter()
         self._newest_step: int | None = None
         self._last_step = 0
         self._last_secs = time.monotonic()
@@ -259,6 +261,7 @@ class CheckpointManager:
                 self._newest_step = info.global_step
                 self._mark_progress(info.global_step or 0)
                 self._in_flight.append((handle, info))
+                self._overhead.note_save()
             return handle
 
     def _is_improvement(self, info: CheckpointInfo) -> bool:
@@ -291,14 +294,14 @@ class CheckpointManager:
     def should_save(self, step: int) -> bool:
         """Whether `save_policy` wants a checkpoint after this step; without a policy, after every step.
 
-        Takes microseconds; in a distributed run a time-based policy asks rank 0, which every rank waits for.
+        Call it once a step: the time between calls tells how much slower steps are while a checkpoint is written. Takes
+        microseconds; in a distributed run a time-based policy asks rank 0, which every rank waits for.
         """
         policy = self._save_policy
         if policy is None:
-            return step > self._last_step
-        ranks = Ranks()
+            return step != self._last_step
         if policy.uses_time:
-            return ranks.on_first(lambda: policy.should_save(self._progress(step)))
+            return Ranks().on_first(lambda: policy.should_save(self._progress(step)))
         return policy.should_save(self._progress(step))
 
     def _progress(self, step: int) -> Progress:
@@ -306,14 +309,17 @@ class CheckpointManager:
             self._forget_settled()
             recent = list(self._recent_timings)
             in_flight = [handle.timings for handle, _ in self._in_flight]
+            now = time.monotonic()
+            self._overhead.note_step(now, is_writing=bool(in_flight))
+            slower_secs = self._overhead.slower_secs()
         stalls = [timings.blocked_secs + timings.fence_secs for timings in [*recent, *in_flight]]
         writes = [timings.durable_secs for timings in recent]
         return Progress(
             step=step,
-            secs=time.monotonic(),
+            secs=now,
             last_step=self._last_step,
             last_secs=self._last_secs,
-            stall_secs=statistics.median(stalls) if stalls else None,
+            cost_secs=statistics.median(stalls) + slower_secs if stalls else None,
             write_secs=statistics.median(writes) if writes else None,
         )
 

@@ -14,15 +14,16 @@ class Progress:
     """How far training is, and what saving has cost; times are in seconds, moments those of one monotonic clock.
 
     `last_step` and `last_secs` are of the last save, or of the beginning of training in this process; a rollback resets
-    them. `stall_secs` is what a recent save made training wait; None before the first has returned. `write_secs` is
-    what a recent save took from `save()` to durable; None before the first is durable.
+    them. `cost_secs` is what a recent save cost training: its stall, and the steps that were slower while it was
+    written; None before the first has returned. `write_secs` is what a recent save took from `save()` to durable; None
+    before the first is durable.
     """
 
     step: int
     secs: float
     last_step: int
     last_secs: float
-    stall_secs: float | None = None
+    cost_secs: float | None = None
     write_secs: float | None = None
 
 
@@ -101,8 +102,7 @@ class EveryMinutes(SavePolicy):
 class AdaptiveInterval(SavePolicy):
     """Saves as often as is worth it, by what saves are measured to cost.
 
-    Without `mtbf_hours`, saving makes training wait for at most the fraction `max_overhead` of the time. `mtbf_hours`
-    is the mean time between failures of the whole job: with it the interval is the one that loses the least time to
+    Without `mtbf_hours`, saving costs training at most the fraction `max_overhead` of its time. `mtbf_hours` is the mean time between failures of the whole job: with it the interval is the one that loses the least time to
     waiting and repeated work together (Daly's formula, see `asyncckpt.interval`), and `max_overhead` does not apply.
     Either way the interval is at least what a write takes, so that saves don't pile up.
 
@@ -119,21 +119,21 @@ class AdaptiveInterval(SavePolicy):
         if self.mtbf_hours is not None:
             _check_range("mtbf_hours", self.mtbf_hours)
 
-    def interval_secs(self, stall_secs: float, write_secs: float) -> float:
-        """The interval between saves of which each makes training wait `stall_secs` and is durable in `write_secs`."""
+    def interval_secs(self, cost_secs: float, write_secs: float) -> float:
+        """The interval between saves of which each costs training `cost_secs`, and is durable in `write_secs`."""
         if self.mtbf_hours is None:
-            return max(stall_secs / self.max_overhead, write_secs)
+            return max(cost_secs / self.max_overhead, write_secs)
         # A clock may tell that a save took no time at all; Daly's formula tends to 0 there, but takes only more.
-        worthwhile = daly_interval(stall_secs, self.mtbf_hours * 3600) if stall_secs > 0 else 0.0
+        worthwhile = daly_interval(cost_secs, self.mtbf_hours * 3600) if cost_secs > 0 else 0.0
         return max(worthwhile, write_secs)
 
     def should_save(self, progress: Progress) -> bool:
         if progress.step <= progress.last_step:
             return False
-        if progress.stall_secs is None:
+        if progress.cost_secs is None:
             return True
         # Nothing is known of the write while the first is under way, and never will be if it failed: save all the same.
-        interval_secs = self.interval_secs(progress.stall_secs, progress.write_secs or 0.0)
+        interval_secs = self.interval_secs(progress.cost_secs, progress.write_secs or 0.0)
         return progress.secs - progress.last_secs >= interval_secs
 
 

@@ -147,7 +147,7 @@ def _training(slowdown: dict[str, SlowdownResults]) -> Iterator[Row]:
     interval = copy.recommended_interval_secs()
     average = copy.average_slowdown(interval)
     yield Row(
-        "training slowdown on average, copy, at the interval where the stall alone is 1 %",
+        "training slowdown on average, copy, at the interval of AdaptiveInterval",
         "≤ 3 %",
         f"{average:.1%} (every {interval:.0f} s; in the writing window {copy.ratio.median - 1:+.0%} a step)",
         average <= 0.03,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from asyncckpt import AdaptiveInterval
 from benchmarks.methods import AsyncckptCopy, AsyncckptCopyEager, DcpAsyncSave, Method, ReferenceSaver, remove
 from benchmarks.samples import Samples
 from benchmarks.workload import GPT, Workload, new_optimizer, random_tokens
@@ -31,9 +32,10 @@ class SlowdownResults:
         """The share of training time that saving takes, stall and slower steps, when one saves that often."""
         return (self.blocked.median + self.lost.median) / interval_secs
 
-    def recommended_interval_secs(self, max_overhead: float = 0.01) -> float:
-        """How often to save so that the stall alone takes `max_overhead` of the time, and writes don't queue up."""
-        return max(self.blocked.median / max_overhead, self.blocked.median + self.writing.median)
+    def recommended_interval_secs(self) -> float:
+        """How often `AdaptiveInterval` would save."""
+        cost_secs = self.blocked.median + self.lost.median
+        return AdaptiveInterval().interval_secs(cost_secs, self.blocked.median + self.writing.median)
 
 
 class Trainer:

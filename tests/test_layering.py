@@ -43,13 +43,13 @@ LAYERS = [
     "storage.base storage.system_calls",
     "image.checksum",
     "image.layout image.arena",
-    "policies registry.retention",
+    "policies registry.retention overhead",
     "naming events threads interval",
     "records",
     "errors version",
 ]
 TORCH_FREE = {
-    *("errors", "events", "naming", "records", "threads", "version", "policies", "interval"),
+    *("errors", "events", "naming", "records", "threads", "version", "policies", "interval", "overhead"),
     *("registry.registry", "registry.retention", "registry.recovery", "registry.directory"),
     *("image.layout", "image.arena", "image.checksum", "image.verify", "image.file"),
     *("storage.base", "storage.local", "storage.system_calls"),

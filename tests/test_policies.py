@@ -19,11 +19,11 @@ def progress(
     last_step: int = 0,
     *,
     elapsed_secs: float = 0.0,
-    stall_secs: float | None = None,
+    cost_secs: float | None = None,
     write_secs: float | None = None,
 ) -> Progress:
     """The last save was at 1000 on the clock."""
-    return Progress(step, 1000.0 + elapsed_secs, last_step, 1000.0, stall_secs, write_secs)
+    return Progress(step, 1000.0 + elapsed_secs, last_step, 1000.0, cost_secs, write_secs)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_every_minutes(minutes: float, elapsed_secs: float, saves: bool) -> None
 
 
 @pytest.mark.parametrize(
-    ("policy", "stall_secs", "write_secs", "interval"),
+    ("policy", "cost_secs", "write_secs", "interval"),
     [
         (AdaptiveInterval(), 0.1, 2.0, 10.0),
         (AdaptiveInterval(), 0.1, 30.0, 30.0),
@@ -86,9 +86,9 @@ def test_every_minutes(minutes: float, elapsed_secs: float, saves: bool) -> None
         (AdaptiveInterval(mtbf_hours=24), 0.0, 5.0, 5.0),
     ],
 )
-def test_adaptive_interval(policy: AdaptiveInterval, stall_secs: float, write_secs: float, interval: float) -> None:
+def test_adaptive_interval(policy: AdaptiveInterval, cost_secs: float, write_secs: float, interval: float) -> None:
     """By the overhead allowed, or by Daly's formula; never shorter than a write."""
-    assert policy.interval_secs(stall_secs, write_secs) == pytest.approx(interval)
+    assert policy.interval_secs(cost_secs, write_secs) == pytest.approx(interval)
 
 
 @pytest.mark.parametrize(
@@ -97,15 +97,15 @@ def test_adaptive_interval(policy: AdaptiveInterval, stall_secs: float, write_se
         pytest.param(progress(), True, id="nothing measured"),
         pytest.param(progress(write_secs=5.0), True, id="no stall measured"),
         pytest.param(progress(step=0), False, id="nothing measured, nothing done"),
-        pytest.param(progress(elapsed_secs=9.9, stall_secs=0.1, write_secs=2.0), False, id="too early"),
-        pytest.param(progress(elapsed_secs=10.1, stall_secs=0.1, write_secs=2.0), True, id="time"),
-        pytest.param(progress(elapsed_secs=10.1, stall_secs=0.1, write_secs=20.0), False, id="still writing"),
-        pytest.param(progress(elapsed_secs=20.0, stall_secs=0.1, write_secs=20.0), True, id="a write's time"),
-        pytest.param(progress(elapsed_secs=9.9, stall_secs=0.1), False, id="no write measured, too early"),
-        pytest.param(progress(elapsed_secs=10.1, stall_secs=0.1), True, id="no write measured, time"),
-        pytest.param(progress(5, 5, elapsed_secs=1e6, stall_secs=0.1, write_secs=2.0), False, id="the same step"),
-        pytest.param(progress(4, 5, elapsed_secs=1e6, stall_secs=0.1, write_secs=2.0), False, id="an earlier step"),
-        pytest.param(progress(stall_secs=0.0, write_secs=0.0), True, id="saves that cost nothing"),
+        pytest.param(progress(elapsed_secs=9.9, cost_secs=0.1, write_secs=2.0), False, id="too early"),
+        pytest.param(progress(elapsed_secs=10.1, cost_secs=0.1, write_secs=2.0), True, id="time"),
+        pytest.param(progress(elapsed_secs=10.1, cost_secs=0.1, write_secs=20.0), False, id="still writing"),
+        pytest.param(progress(elapsed_secs=20.0, cost_secs=0.1, write_secs=20.0), True, id="a write's time"),
+        pytest.param(progress(elapsed_secs=9.9, cost_secs=0.1), False, id="no write measured, too early"),
+        pytest.param(progress(elapsed_secs=10.1, cost_secs=0.1), True, id="no write measured, time"),
+        pytest.param(progress(5, 5, elapsed_secs=1e6, cost_secs=0.1, write_secs=2.0), False, id="the same step"),
+        pytest.param(progress(4, 5, elapsed_secs=1e6, cost_secs=0.1, write_secs=2.0), False, id="an earlier step"),
+        pytest.param(progress(cost_secs=0.0, write_secs=0.0), True, id="saves that cost nothing"),
     ],
 )
 def test_adaptive_decisions(now: Progress, saves: bool) -> None:
@@ -114,10 +114,10 @@ def test_adaptive_decisions(now: Progress, saves: bool) -> None:
 
 
 @given(st.floats(1e-4, 10), st.floats(0, 100), st.floats(1e-3, 1))
-def test_adaptive_overhead_stays_within_its_limit(stall_secs: float, write_secs: float, max_overhead: float) -> None:
+def test_adaptive_overhead_stays_within_its_limit(cost_secs: float, write_secs: float, max_overhead: float) -> None:
     """Of any interval, training waits for at most the fraction allowed."""
-    interval = AdaptiveInterval(max_overhead).interval_secs(stall_secs, write_secs)
-    assert stall_secs / interval <= max_overhead * (1 + 1e-9)
+    interval = AdaptiveInterval(max_overhead).interval_secs(cost_secs, write_secs)
+    assert cost_secs / interval <= max_overhead * (1 + 1e-9)
     assert interval >= write_secs
 
 
