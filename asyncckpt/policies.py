@@ -84,7 +84,7 @@ class EverySteps(SavePolicy):
 
 @dataclass(frozen=True)
 class EveryMinutes(SavePolicy):
-    """Saves when the last save is that many minutes ago.
+    """Saves when the last save is that many minutes ago, and not the same step twice.
 
     Raises TypeError or ValueError unless `minutes` is a positive finite number.
     """
@@ -95,15 +95,16 @@ class EveryMinutes(SavePolicy):
         _check_range("minutes", self.minutes)
 
     def should_save(self, progress: Progress) -> bool:
-        return progress.secs - progress.last_secs >= self.minutes * 60
+        return progress.step != progress.last_step and progress.secs - progress.last_secs >= self.minutes * 60
 
 
 @dataclass(frozen=True)
 class AdaptiveInterval(SavePolicy):
     """Saves as often as is worth it, by what saves are measured to cost.
 
-    Without `mtbf_hours`, saving costs training at most the fraction `max_overhead` of its time. `mtbf_hours` is the mean time between failures of the whole job: with it the interval is the one that loses the least time to
-    waiting and repeated work together (Daly's formula, see `asyncckpt.interval`), and `max_overhead` does not apply.
+    Without `mtbf_hours`, saving costs training at most the fraction `max_overhead` of its time. `mtbf_hours` is the
+    mean time between failures of the whole job: with it the interval is the one that loses the least time to saving and
+    repeated work together (Daly's formula, see `asyncckpt.interval`), and `max_overhead` does not apply.
     Either way the interval is at least what a write takes, so that saves don't pile up.
 
     The first save comes at the first step, so that the costs get measured.
