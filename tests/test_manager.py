@@ -39,6 +39,7 @@ from asyncckpt import (
     StorageBusyError,
     UnsafeCheckpointError,
 )
+from asyncckpt.image.file import open_checkpoint
 
 
 class Training:
@@ -792,3 +793,79 @@ def test_adaptive_interval_learns_from_the_saves(make: Callable[..., CheckpointM
     handle.result(60)
     while not eager.should_save(2):  # once the time that the write took has passed
         pass
+
+
+# --- what the outside does ---
+
+
+def test_a_disk_that_fills_while_the_registry_is_written(
+    make: Callable[..., CheckpointManager], tmp_path: Path
+) -> None:
+    """No inode is left for the registry's new file: the save fails, nothing is lost, and the next one lists both."""
+    training = Training()
+    with small_file_system(tmp_path / "mounted", "size=16m", "nr_inodes=7") as place:
+        manager = make(place / "run")
+        training.save(manager, global_step=1, val_loss=0.5)
+        manager.wait(60)
+        training.save(manager, global_step=2, val_loss=0.4)
+        with pytest.raises(CheckpointWriteError, match=r"is whole, but could not be listed in the registry: No space"):
+            manager.wait(60)
+        reader = make(place / "run")
+        assert steps(reader) == [1, 2]
+        assert all(report.ok for report in reader.verify())
+        remount(place, "nr_inodes=20")
+        training.save(manager, global_step=3, val_loss=0.6)
+        manager.wait(60)
+        assert steps(reader) == steps(manager) == [1, 2, 3]
+        assert (reader.best and reader.best.global_step) == 2
+        assert names(place / "run") == {
+            "best_model.pt",
+            "registry.json",
+            *(info.filepath.name for info in reader.list_checkpoints()),
+        }
+        manager.close()
+
+
+def test_the_best_link_stands_in_for_the_best_file(make: Callable[..., CheckpointManager]) -> None:
+    """Where it is a copy of its own."""
+    training, manager = Training(), make()
+    for step in (1, 2):
+        training.save(manager, global_step=step, val_loss=float(step))
+    manager.close()
+    best = manager.list_checkpoints()[0].filepath
+    damage(best)
+    assert manager.load_best(training.model)[1]["global_step"] == 1
+
+
+def test_pruned_under_a_reader(make: Callable[..., CheckpointManager], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the reader was about to load is dropped by the writer: it looks again, and takes the newest there is now."""
+    training, writer = Training(), make(max_checkpoints=1)
+    training.save(writer, global_step=1, val_loss=1.0)
+    training.save(writer, global_step=2, val_loss=2.0)
+    writer.wait(60)
+    reader, opened = make(), []
+
+    def prune_first(path: str, **options: Any) -> Any:
+        opened.append(os.path.basename(path))
+        if len(opened) == 1:
+            training.save(writer, global_step=3, val_loss=3.0)
+            writer.wait(60)
+        return open_checkpoint(path, **options)
+
+    monkeypatch.setattr("asyncckpt.manager.open_checkpoint", prune_first)
+    assert reader.load_latest(training.model)[1]["global_step"] == 3
+    assert [name.split("_")[2] for name in opened] == ["step00000002", "step00000003"]
+
+
+@pytest.mark.parametrize("number", [2**62, -(2**70), 10**400])
+def test_numbers_that_are_too_large(make: Callable[..., CheckpointManager], number: int) -> None:
+    """Saved and found again, or refused before anything is written."""
+    training, manager = Training(), make()
+    try:
+        training.save(manager, global_step=number)
+    except (CheckpointError, ValueError, OverflowError):
+        assert manager.list_checkpoints() == []
+        assert names(manager.checkpoint_dir) == set()
+    else:
+        manager.wait(60)
+        assert steps(make()) == [number]
