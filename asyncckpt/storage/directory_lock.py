@@ -23,14 +23,14 @@ class LocalLock(Lock):
 
     def __init__(self, directory: str, holder: str) -> None:
         self._path = os.path.join(directory, LOCK_NAME)
-        # Without O_NONBLOCK a pipe of that name could make us wait.
+        # O_NONBLOCK: a pipe of that name makes nobody wait, not on Linux alone.
         self._file = Descriptor(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             if not stat.S_ISREG(system_calls.fstat(self._file.fd).st_mode):
                 raise OSError(errno.ENXIO, "not a regular file", self._path)
             if not lock_if_supported(self._file.fd):
                 raise BlockingIOError(errno.EWOULDBLOCK, _read_holder(self._file.fd), self._path)
-            if not self.is_intact():
+            if not is_at(self._file.fd, self._path):
                 raise BlockingIOError(errno.EWOULDBLOCK, "somebody who replaced the lock's file", self._path)
             _write_holder(self._file.fd, holder)
         except BaseException:

@@ -41,8 +41,11 @@ class Descriptor:
 
 
 def is_at(fd: int, path: str) -> bool:
-    """Whether the name at `path` is still that of the open file. Raises FileNotFoundError when there is none."""
-    mine, there = system_calls.fstat(fd), system_calls.lstat(path)
+    """Whether the name at `path` is that of the open file."""
+    try:
+        mine, there = system_calls.fstat(fd), system_calls.lstat(path)
+    except FileNotFoundError:
+        return False
     return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
 
 

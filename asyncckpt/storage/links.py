@@ -5,6 +5,7 @@ A reflink is better: the two share their blocks until one is written to. A hard 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 
@@ -62,12 +63,12 @@ def _hard_link(source: int, source_path: str, destination: str) -> bool:
                 return False
             raise
         try:
-            if not is_at(source, temporary):  # somebody has put another file at `source_path` since it was opened
-                return False
-            system_calls.rename(temporary, destination)
-            return True
-        except FileNotFoundError:
-            continue  # nobody holds a lock on this name: a sweeper took it
+            # Not so if a sweeper was here, for nobody holds a lock on this name, or if somebody has put another file at
+            # `source_path` since it was opened.
+            if is_at(source, temporary):
+                with contextlib.suppress(FileNotFoundError):
+                    system_calls.rename(temporary, destination)
+                    return True
         finally:
             remove_quietly(temporary)  # it is still there when the destination was the very same file
     return False

@@ -8,10 +8,12 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
+import os
 import random
 import subprocess
 import sys
 import threading
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from asyncckpt.storage.base import Storage, Upload
+from asyncckpt.storage.base import Reader, Storage, Upload
 
 # What a view's memory may be like: page-aligned, off by one, or not writable (so that not even its address is had).
 VIEWS = ("aligned", "unaligned", "readonly")
@@ -111,6 +113,21 @@ class StorageConformance(ABC):
             try:
                 assert process.stdout.readline() == "holding\n"
                 yield process
+            finally:
+                process.kill()
+
+    @contextmanager
+    def locking_process(
+        self, directory: str, holder: str = "the other", child: str = "none"
+    ) -> Iterator[tuple[subprocess.Popen[str], int]]:
+        """Another process that holds a directory's lock, and the id of its child; both have ended at the end."""
+        script = Path(__file__).with_name("locker.py")
+        command = [sys.executable, str(script), self.storage_class, json.dumps(dict(self.options)), directory, holder]
+        pipe = subprocess.PIPE
+        with subprocess.Popen([*command, child], stdin=pipe, stdout=pipe, text=True) as process:
+            assert process.stdout is not None
+            try:
+                yield process, int(process.stdout.readline())
             finally:
                 process.kill()
 
@@ -301,6 +318,265 @@ class StorageConformance(ABC):
         """A missing file, or directory, is FileNotFoundError."""
         with pytest.raises(FileNotFoundError):
             storage.open(f"{place}/{name}")
+
+    # --- small files ---
+
+    @pytest.mark.parametrize("num_bytes", [0, 1, 100_000])
+    def test_reads_small_files(self, storage: Storage, place: str, num_bytes: int) -> None:
+        """All of them, up to exactly as many bytes as are allowed."""
+        content = make_content(num_bytes)
+        self.put(f"{place}/file", content)
+        assert storage.read(f"{place}/file", num_bytes) == content
+        assert storage.read(f"{place}/file", num_bytes + 1) == content
+
+    def test_reads_no_large_ones(self, storage: Storage, place: str) -> None:
+        """One byte too many is an OSError that says how many are allowed."""
+        self.put(f"{place}/file", make_content(1001))
+        with pytest.raises(OSError, match="larger than 1,000 bytes"):
+            storage.read(f"{place}/file", 1000)
+
+    def test_a_small_file_cut_short(self, storage: Storage, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Somebody truncates it while it is read: an OSError like any other, not what happened to be left."""
+        self.put(f"{place}/file", b"12345")
+        open_whole = storage.open
+
+        def open_before_truncation(path: str, *, follow_links: bool = True) -> Reader:
+            reader = open_whole(path, follow_links=follow_links)
+            reader.num_bytes += 1
+            return reader
+
+        monkeypatch.setattr(storage, "open", open_before_truncation)
+        with pytest.raises(OSError, match="ends at byte 5"):
+            storage.read(f"{place}/file", 1000)
+
+    @pytest.mark.parametrize("name", ["missing", "missing/too"])
+    def test_reading_nothing(self, storage: Storage, place: str, name: str) -> None:
+        """As opening nothing."""
+        with pytest.raises(FileNotFoundError):
+            storage.read(f"{place}/{name}", 1000)
+
+    @pytest.mark.parametrize("content", [b"", b"1", make_content(100_001)], ids=len)
+    @pytest.mark.parametrize("old", [None, b"old"])
+    @pytest.mark.parametrize("directory", ["", "/a/b"])
+    def test_replaces(self, storage: Storage, place: str, directory: str, old: bytes | None, content: bytes) -> None:
+        """A file, or none, in a directory that may be missing; nothing else is left."""
+        if old is not None:
+            storage.replace(f"{place}{directory}/file", old)
+        storage.replace(f"{place}{directory}/file", content)
+        assert self.get(f"{place}{directory}/file") == content
+        assert self.list_names(f"{place}{directory}") == {"file"}
+
+    @pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()], ids=["error", "interrupt"])
+    @pytest.mark.parametrize("step", ["write", "sync", "commit"])
+    def test_what_cannot_replace_leaves_nothing(
+        self, storage: Storage, place: str, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException
+    ) -> None:
+        """Whichever step fails, the old file stays, alone."""
+        self.put(f"{place}/file", b"old")
+        begin = storage.begin
+
+        def fail(*_: object) -> None:
+            raise error
+
+        def begin_what_fails(path: str, num_bytes: int) -> Upload:
+            upload = begin(path, num_bytes)
+            setattr(upload, step, fail)
+            return upload
+
+        monkeypatch.setattr(storage, "begin", begin_what_fails)
+        with pytest.raises(type(error)):
+            storage.replace(f"{place}/file", b"new")
+        assert self.get(f"{place}/file") == b"old"
+        assert self.list_names(place) == {"file"}
+
+    # --- names ---
+
+    def test_lists_names(self, storage: Storage, place: str) -> None:
+        """All of a directory, sorted, and not what is deeper."""
+        assert storage.list_names(place) == []
+        for name in ("b", "a", ".hidden", "sub/deep"):
+            storage.replace(f"{place}/{name}", b"")
+        assert storage.list_names(place) == [".hidden", "a", "b", "sub"]
+        assert storage.list_names(f"{place}/sub") == ["deep"]
+
+    def test_listing_nothing(self, storage: Storage, place: str) -> None:
+        """A missing directory is FileNotFoundError, not an empty one."""
+        with pytest.raises(FileNotFoundError):
+            storage.list_names(f"{place}/missing")
+
+    # --- deleting ---
+
+    @pytest.mark.parametrize("doomed", [[], ["a"], ["a", "b"], ["b", "missing", "a"], ["missing"], ["a", "a"]])
+    def test_deletes(self, storage: Storage, place: str, doomed: list[str]) -> None:
+        """These files and no others; what is gone already, or named twice, does not matter."""
+        for name in ("a", "b", "c"):
+            self.put(f"{place}/{name}", b"1")
+        storage.delete([f"{place}/{name}" for name in doomed])
+        assert self.list_names(place) == {"a", "b", "c"} - set(doomed)
+
+    def test_deleting_in_a_directory_that_is_gone(self, storage: Storage, place: str) -> None:
+        """Its files are gone too."""
+        storage.delete([f"{place}/missing/a", f"{place}/missing/b"])
+        assert self.list_names(place) == set()
+
+    # --- linking ---
+
+    @pytest.mark.parametrize("size", ["0", "1", "100,001", "piece", "2 pieces + 4097"])
+    @pytest.mark.parametrize("old", [None, b"old"])
+    def test_links(self, storage: Storage, place: str, old: bytes | None, size: str) -> None:
+        """Both hold the same, whatever was there; nothing else is left. Done again it changes nothing."""
+        probe = storage.begin(f"{place}/probe", 0)
+        probe.abort()
+        content = make_content(SIZES[size](probe.piece_bytes))
+        self.put(f"{place}/source", content)
+        if old is not None:
+            self.put(f"{place}/destination", old)
+        for _ in range(2):
+            storage.link(f"{place}/source", f"{place}/destination")
+            assert self.get(f"{place}/source") == self.get(f"{place}/destination") == content
+            assert self.list_names(place) == {"source", "destination"}
+
+    def test_links_between_directories(self, storage: Storage, place: str) -> None:
+        """The two need not lie side by side."""
+        for name in ("a/source", "b/other"):
+            storage.replace(f"{place}/{name}", b"1")
+        storage.link(f"{place}/a/source", f"{place}/b/destination")
+        assert self.get(f"{place}/b/destination") == b"1"
+        assert self.list_names(f"{place}/a") == {"source"}
+        assert self.list_names(f"{place}/b") == {"other", "destination"}
+
+    def test_links_to_itself(self, storage: Storage, place: str) -> None:
+        """Nothing to do, and nothing is lost."""
+        self.put(f"{place}/file", b"1")
+        storage.link(f"{place}/file", f"{place}/file")
+        assert self.get(f"{place}/file") == b"1"
+        assert self.list_names(place) == {"file"}
+
+    def test_linked_files_go_their_own_ways(self, storage: Storage, place: str) -> None:
+        """Replacing or deleting one leaves the other as it was."""
+        self.put(f"{place}/source", b"old")
+        storage.link(f"{place}/source", f"{place}/first")
+        storage.link(f"{place}/source", f"{place}/second")
+        put_by_upload(storage, f"{place}/source", b"new")
+        assert self.get(f"{place}/first") == self.get(f"{place}/second") == b"old"
+        storage.delete([f"{place}/first"])
+        storage.replace(f"{place}/second", b"2nd")
+        assert self.get(f"{place}/source") == b"new"
+        assert self.list_names(place) == {"source", "second"}
+
+    def test_a_reader_stays_with_its_file_when_a_link_replaces_it(self, storage: Storage, place: str) -> None:
+        """As with every other replacement."""
+        self.put(f"{place}/source", b"new")
+        self.put(f"{place}/destination", b"old")
+        with storage.open(f"{place}/destination") as reader:
+            storage.link(f"{place}/source", f"{place}/destination")
+            view = memoryview(bytearray(3))
+            reader.read_into(0, view)
+        assert bytes(view) == b"old"
+
+    @pytest.mark.parametrize(
+        ("source", "destination"), [("missing", "old"), ("missing/too", "old"), ("source", "missing/destination")]
+    )
+    def test_linking_nothing(self, storage: Storage, place: str, source: str, destination: str) -> None:
+        """No source, or no directory to link in: FileNotFoundError, and all is as it was."""
+        self.put(f"{place}/source", b"1")
+        self.put(f"{place}/old", b"old")
+        with pytest.raises(FileNotFoundError):
+            storage.link(f"{place}/{source}", f"{place}/{destination}")
+        assert self.get(f"{place}/old") == b"old"
+        assert self.list_names(place) == {"source", "old"}
+
+    # --- locking ---
+
+    def assert_locked_by(self, storage: Storage, directory: str, holder: str) -> None:
+        with pytest.raises(BlockingIOError) as refused:
+            storage.lock(directory, "somebody else")
+        assert refused.value.strerror == holder
+
+    def test_locks_one_at_a_time(self, storage: Storage, place: str) -> None:
+        """Also within one process; who is refused learns of the holder, and the next one may have it."""
+        first = storage.lock(place, "the first")
+        self.assert_locked_by(storage, place, "the first")
+        assert first.is_intact()
+        first.release()
+        assert not first.is_intact()
+        second = storage.lock(place, "the 2nd")
+        self.assert_locked_by(storage, place, "the 2nd")
+        second.release()
+
+    def test_releasing_twice(self, storage: Storage, place: str) -> None:
+        """It is the next one's by then, and stays so."""
+        first = storage.lock(place, "the first")
+        first.release()
+        second = storage.lock(place, "the second")
+        first.release()
+        assert second.is_intact()
+        self.assert_locked_by(storage, place, "the second")
+        second.release()
+
+    def test_directories_have_locks_of_their_own(self, storage: Storage, place: str) -> None:
+        """Missing ones are made, at any depth."""
+        locks = [storage.lock(directory, directory) for directory in (place, f"{place}/a", f"{place}/b/c")]
+        assert [lock.is_intact() for lock in locks] == [True] * 3
+        for lock in locks:
+            lock.release()
+
+    def test_a_lock_keeps_nobody_from_writing(self, storage: Storage, place: str) -> None:
+        """It is for those who ask; and a sweep leaves it alone."""
+        lock = storage.lock(place, "me")
+        put_by_upload(storage, f"{place}/file", b"1")
+        assert storage.sweep(place) == []
+        assert lock.is_intact()
+        self.assert_locked_by(storage, place, "me")
+        lock.release()
+
+    def test_another_process_has_the_lock(self, storage: Storage, place: str) -> None:
+        """It is refused and told by whom; once that one is killed by SIGKILL the lock can be had."""
+        with self.locking_process(place, "the other") as (process, _):
+            self.assert_locked_by(storage, place, "the other")
+            process.kill()
+            process.wait()
+            lock = storage.lock(place, "me")
+            assert lock.is_intact()
+            self.assert_locked_by(storage, place, "me")
+            lock.release()
+
+    def test_another_process_wants_the_lock(self, storage: Storage, place: str) -> None:
+        """Refused while we have it, and told by whom."""
+        lock = storage.lock(place, "this one")
+        script = Path(__file__).with_name("locker.py")
+        command = [sys.executable, str(script), self.storage_class, json.dumps(dict(self.options)), place, "it", "none"]
+        refused = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        assert refused.stderr.splitlines()[-1].startswith("BlockingIOError")
+        assert "this one" in refused.stderr.splitlines()[-1]
+        lock.release()
+        had = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        assert (had.returncode, had.stdout, had.stderr) == (0, "0\n", "")  # it ended without a release, quietly
+
+    @pytest.mark.parametrize("child", ["forked", "executed"])
+    def test_a_child_does_not_keep_the_lock(self, storage: Storage, place: str, child: str) -> None:
+        """A DataLoader worker, or another program, that outlives the killed holder."""
+        with self.locking_process(place, "the other", child) as (process, child_pid):
+            self.assert_locked_by(storage, place, "the other")
+            process.kill()
+            process.wait()
+            os.kill(child_pid, 0)  # it lives
+            storage.lock(place, "me").release()
+
+    def test_a_forked_child_leaves_the_lock_alone(self, storage: Storage, place: str) -> None:
+        """It does not have the lock, and releasing it there, or exiting, takes nothing from the parent."""
+        lock = storage.lock(place, "the parent")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: other threads may be running
+            pid = os.fork()
+        if pid == 0:
+            had = lock.is_intact()
+            lock.release()
+            os._exit(1 if had else 0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert lock.is_intact()
+        self.assert_locked_by(storage, place, "the parent")
+        lock.release()
 
     # --- sweeping ---
 

@@ -12,19 +12,19 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import pytest
 
-from asyncckpt.naming import is_temporary_name, temporary_name
-from asyncckpt.storage import system_calls
+from asyncckpt.naming import temporary_name
+from asyncckpt.storage import files, system_calls
 from asyncckpt.storage.local import LocalStorage, LocalUpload
 from storage.conformance import StorageConformance, as_view, make_content, put_by_upload, write_in_pieces
 from storage.mounts import remount, small_file_system
-from storage.seam import FUNCTIONS, Call, Seam, assert_durable
+from storage.observe import forked_child, names, no_descriptor_leaks, open_in_forked_child, temporaries
+from storage.seam import FUNCTIONS, Seam, assert_durable, describe_commit, raising
 
 MEBIBYTE = 1 << 20
 SHARED_MEMORY = Path("/dev/shm")
@@ -76,37 +76,7 @@ def put(path: Path, content: bytes) -> None:
     put_by_upload(LocalStorage(), str(path), content)
 
 
-def names(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()}
-
-
-def temporaries(directory: Path) -> list[Path]:
-    return [path for path in directory.iterdir() if is_temporary_name(path.name)]
-
-
-def num_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 # --- what durable means: the order of the calls ---
-
-
-def describe_commit(calls: list[Call], base: Path) -> list[str]:
-    """The calls that make for durability, with paths relative to `base`; a run of writes is one line."""
-    lines: list[str] = []
-    for call in calls:
-        place = "TEMPORARY" if call.is_on_temporary else os.path.relpath(call.path, base)
-        if call.name in ("make_directory", "pwrite", "fsync", "unlink"):
-            line = f"{call.name} {place}"
-        elif call.name == "rename":
-            line = f"rename {place} to {os.path.relpath(call.args[1], base)}"
-        elif call.name == "open_file" and call.args[1] & os.O_CREAT:
-            line = f"create {place}"
-        else:
-            continue
-        if lines[-1:] != [line]:
-            lines.append(line)
-    return lines
 
 
 COMMIT = ["create TEMPORARY", "pwrite TEMPORARY", "fsync TEMPORARY", "rename TEMPORARY to {0}/file", "fsync {0}"]
@@ -211,6 +181,57 @@ def test_full_fsync_where_the_platform_has_it(tmp_path: Path, monkeypatch: pytes
     system_calls.fsync(0)
     system_calls.fsync(0)
     assert done == ["full", "full", "fsync"]
+
+
+# --- deleting ---
+
+
+def test_a_deletion_is_durable(tmp_path: Path) -> None:
+    """The names go first, then their directory is synced, once."""
+    for name in ("a", "b"):
+        (tmp_path / name).touch()
+    with Seam() as seam:
+        LocalStorage().delete([str(tmp_path / name) for name in ("a", "missing", "b")])
+    assert describe_commit(seam.calls, tmp_path) == ["unlink a", "unlink b", "fsync ."]
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_a_directory_is_not_deleted(tmp_path: Path, filled: bool) -> None:
+    """Neither it nor what is in it: an OSError."""
+    make_directory_with_file(tmp_path / "d") if filled else (tmp_path / "d").mkdir()
+    with no_descriptor_leaks(), pytest.raises(IsADirectoryError):
+        LocalStorage().delete([str(tmp_path / "d")])
+    assert names(tmp_path) == {"d"}
+    assert names(tmp_path / "d") == ({"inside"} if filled else set())
+
+
+@pytest.mark.parametrize("target", ["file", "directory", "missing"])
+def test_a_symlink_is_deleted_not_followed(tmp_path: Path, target: str) -> None:
+    """Its target stays."""
+    (tmp_path / "file").touch()
+    make_directory_with_file(tmp_path / "directory")
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    LocalStorage().delete([str(tmp_path / "link")])
+    assert names(tmp_path) == {"file", "directory"}
+    assert names(tmp_path / "directory") == {"inside"}
+
+
+def test_deletes_by_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare name lies in the current directory, which is synced."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with Seam() as seam:
+        LocalStorage().delete(["file"])
+    assert describe_commit(seam.calls, tmp_path) == ["unlink file", "fsync ."]
+
+
+def test_what_cannot_be_deleted_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no descriptor leaks."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(system_calls, "unlink", raising(errno.EPERM, name="unlink"))
+    with no_descriptor_leaks(), pytest.raises(PermissionError):
+        LocalStorage().delete([str(tmp_path / "file")])
+    assert names(tmp_path) == {"file"}
 
 
 # --- destinations ---
@@ -354,28 +375,35 @@ def test_opening_what_is_no_file(tmp_path: Path) -> None:
         LocalStorage().open(str(tmp_path / "pipe"))
 
 
+@pytest.mark.parametrize("target", ["file", "missing", "directory"])
+def test_opening_without_following_links(tmp_path: Path, target: str) -> None:
+    """A symbolic link is an OSError then, wherever it leads; a file, also behind a linked directory, is opened."""
+    (tmp_path / "file").write_bytes(b"1234")
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    for opening in (
+        lambda: LocalStorage().open(str(tmp_path / "link"), follow_links=False),
+        lambda: LocalStorage().read(str(tmp_path / "link"), 1000),
+    ):
+        with no_descriptor_leaks(), pytest.raises(OSError, match="symbolic links") as raised:
+            opening()
+        assert raised.value.errno == errno.ELOOP
+    (tmp_path / "linked").symlink_to(tmp_path)
+    with LocalStorage().open(str(tmp_path / "linked/file"), follow_links=False) as reader:
+        assert reader.num_bytes == 4
+
+
+def test_reading_what_is_no_file(tmp_path: Path) -> None:
+    """Neither a directory nor a pipe, which has nothing to say, is a small file; no descriptor leaks."""
+    os.mkfifo(tmp_path / "pipe")
+    with no_descriptor_leaks():
+        with pytest.raises(IsADirectoryError):
+            LocalStorage().read(str(tmp_path), 1000)
+        with pytest.raises(OSError, match="not a regular file"):
+            LocalStorage().read(str(tmp_path / "pipe"), 1000)
+
+
 # --- file systems that can do less: injected through the seam ---
-
-
-def raising(error: int, *, when: Callable[[int], bool] = lambda call: True, name: str = "fsync") -> Callable[..., Any]:
-    """The real call, except that the calls for whose number (from 1) `when` says so raise `error`."""
-    num_calls = 0
-
-    def call(*args: Any) -> Any:
-        nonlocal num_calls
-        num_calls += 1
-        if when(num_calls):
-            raise OSError(error, os.strerror(error))
-        return FUNCTIONS[name](*args)
-
-    return call
-
-
-@contextmanager
-def no_descriptor_leaks() -> Iterator[None]:
-    before = num_descriptors()
-    yield
-    assert num_descriptors() == before
 
 
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.EOPNOTSUPP])
@@ -556,16 +584,22 @@ def test_allocation_reserves_the_room(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
-    """Saving works; nothing can be known of who is alive, so nothing is swept."""
+def test_without_flock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: int
+) -> None:
+    """Saving works; nothing can be known of who is alive, so nothing is swept, and the log says so once."""
     monkeypatch.setattr(system_calls, "try_lock", raising(error, name="try_lock"))
+    files._say_that_there_are_no_locks.cache_clear()
     (tmp_path / temporary_name("0" * 16, "dead?")).touch()
+    LocalStorage().lock(str(tmp_path / "other"), "me").release()
     upload = begin(tmp_path / "file")
     upload.write(0, memoryview(b"1234"))
     upload.sync()
     assert LocalStorage().sweep(str(tmp_path)) == []
     upload.commit()
     assert (tmp_path / "file").read_bytes() == b"1234"
+    (said,) = [record for record in caplog.records if record.name == "asyncckpt"]
+    assert "no file locks" in said.getMessage()
 
 
 def test_other_lock_errors_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -681,38 +715,6 @@ def test_a_sweep_that_cannot_remove_goes_on(tmp_path: Path, monkeypatch: pytest.
 # --- fork in mid-upload (a DataLoader worker) ---
 
 
-@contextmanager
-def forked_child() -> Iterator[Callable[[], None]]:
-    """A child that does nothing until told to exit."""
-    read, write = os.pipe()
-    started, start = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: other threads may be running
-        pid = os.fork()
-    if pid == 0:
-        os.close(write)
-        os.write(start, b"1")
-        os.read(read, 1)
-        os._exit(0)
-    os.close(read)
-    os.read(started, 1)  # what runs in the child at fork has run
-    os.close(started)
-    os.close(start)
-    ended = False
-
-    def end() -> None:
-        nonlocal ended
-        if not ended:
-            ended = True
-            os.close(write)
-            os.waitpid(pid, 0)
-
-    try:
-        yield end
-    finally:
-        end()
-
-
 def test_a_forked_child_does_not_release_the_lock(tmp_path: Path) -> None:
     """It closes its copies; the parent's upload goes on, alive, when the child exits."""
     upload = begin(tmp_path / "file")
@@ -724,6 +726,61 @@ def test_a_forked_child_does_not_release_the_lock(tmp_path: Path) -> None:
     upload.sync()
     upload.commit()
     assert (tmp_path / "file").read_bytes() == b"1234"
+
+
+@pytest.mark.parametrize("during", ["writing", "committing", "reading", "locked", "cloning", "linking", "sweeping"])
+def test_a_forked_child_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str) -> None:
+    """Neither locks, nor the space of files that are deleted, whatever the parent was at."""
+    held: list[list[str]] = []
+
+    def fork_at(name: str) -> None:
+        def call(*args: Any) -> Any:
+            held.append(open_in_forked_child(tmp_path))
+            return FUNCTIONS[name](*args)
+
+        monkeypatch.setattr(system_calls, name, call)
+
+    storage = LocalStorage()
+    put(tmp_path / "file", b"old")
+    if during == "writing":
+        upload = begin(tmp_path / "file")
+        held.append(open_in_forked_child(tmp_path))
+        upload.abort()
+    elif during == "committing":
+        fork_at("rename")
+        put(tmp_path / "file", b"new")
+    elif during == "reading":
+        with storage.open(str(tmp_path / "file")):
+            held.append(open_in_forked_child(tmp_path))
+    elif during == "locked":
+        lock = storage.lock(str(tmp_path), "me")
+        held.append(open_in_forked_child(tmp_path))
+        lock.release()
+    elif during == "sweeping":
+        (tmp_path / temporary_name("0" * 16, "file")).touch()
+        fork_at("unlink")
+        assert len(storage.sweep(str(tmp_path))) == 1
+    else:
+        if during == "cloning":
+            monkeypatch.setattr(system_calls, "clone", lambda source, destination: None)
+        fork_at("rename")
+        storage.link(str(tmp_path / "file"), str(tmp_path / "link"))
+    assert held == [[]]
+
+
+def test_a_forked_child_cannot_abort_the_upload(tmp_path: Path) -> None:
+    """Unwinding there, it leaves the parent's file alone."""
+    upload = begin(tmp_path / "file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: other threads may be running
+        pid = os.fork()
+    if pid == 0:
+        upload.abort()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert len(temporaries(tmp_path)) == 1
+    upload.abort()
+    assert names(tmp_path) == set()
 
 
 @pytest.mark.parametrize("ending", ["committed", "aborted", "died"])
