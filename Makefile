@@ -4,8 +4,8 @@ BIN := .venv/bin
 
 .PHONY: demo test lint bench clean
 
-demo: .venv/installed  ## train a small GPT, saving as it goes, and compare what each way of saving costs
-	$(BIN)/python examples/train_gpt.py --compare
+demo: .venv/installed  ## train, kill it in mid-save, resume, compare bit for bit, and measure what saving costs
+	$(BIN)/python examples/demo.py
 
 test: .venv/installed lint  ## lint, types, all tests
 	$(BIN)/python -m pytest
@@ -26,5 +26,5 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable ".[bench,test,dev]"
+		--editable ".[bench,cli,test,dev]"
 	touch $@

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import operator
 import os
 import statistics
 import threading
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 
@@ -27,12 +28,14 @@ from asyncckpt.errors import (
 )
 from asyncckpt.image.file import open_checkpoint, verify
 from asyncckpt.image.load import load_reader
+from asyncckpt.image.verify import read_metadata
 from asyncckpt.naming import BEST_NAME, checkpoint_name
 from asyncckpt.overhead import OverheadMeter
 from asyncckpt.policies import Progress, SavePolicy
 from asyncckpt.records import CheckpointInfo, Timings, VerifyReport, is_better
 from asyncckpt.registry.directory import CheckpointDirectory, Listing
 from asyncckpt.registry.recovery import Survey, file_of
+from asyncckpt.registry.registry import FileDescription, read_description
 from asyncckpt.registry.retention import KeepLast, RetentionPolicy
 from asyncckpt.service.handle import SaveHandle
 from asyncckpt.service.saver import AsyncCheckpointSaver
@@ -63,8 +66,10 @@ class CheckpointManager:
     `save` (or `prune`) makes this manager the directory's one writer, until `close` or the end of the process.
     Thread-safe.
 
-    In a distributed run every rank makes a manager and calls the same methods (`save`, the loads, `should_save`, `wait`
-    are collective): rank 0 decides and writes, every rank loads the same checkpoint.
+    In a distributed run every rank makes a manager and calls the same methods: rank 0 decides and writes, every rank
+    loads the same checkpoint. `save`, `should_save`, the loads and `wait` are collective: every rank calls them, in the
+    same order, from the thread that trains (not in a callback or a signal handler), and what fails on one rank is
+    raised on all, by the same type. Everything else is done by any rank on its own.
 
     Args:
         checkpoint_dir: a local directory; made by the first save.
@@ -108,7 +113,10 @@ class CheckpointManager:
         self.save_rng = save_rng
         self.weights_only = weights_only
         self._save_policy = save_policy
-        retention = retention or KeepLast(max_checkpoints)
+        if retention is None:
+            if not isinstance(max_checkpoints, int) or isinstance(max_checkpoints, bool) or max_checkpoints < 1:
+                raise ValueError(f"max_checkpoints must be a whole number of at least 1, not {max_checkpoints!r}")
+            retention = KeepLast(max_checkpoints)
         self._saver = AsyncCheckpointSaver(**saver_options)
         self._directory = CheckpointDirectory(
             str(self.checkpoint_dir),
@@ -171,14 +179,16 @@ class CheckpointManager:
             And what `AsyncCheckpointSaver.save` raises.
         """
         ranks = Ranks()
-        own_state = {
-            "rng_states": capture_rng_states() if self.save_rng else None,
-            "stateful": capture_stateful(rank_stateful or {}),
-        }
-        rank_states = ranks.gather(own_state)
         handle: SaveHandle | None = None
 
-        def save_here() -> bool:
+        def capture_own() -> dict[str, Any]:
+            _check_names(stateful, rank_stateful)
+            return {
+                "rng_states": capture_rng_states() if self.save_rng else None,
+                "stateful": capture_stateful(rank_stateful or {}),
+            }
+
+        def save_here(rank_states: list[dict[str, Any]]) -> tuple[int, bool] | None:
             nonlocal handle
             info = self._describe(epoch, global_step, train_loss, val_loss, val_metrics)
             checkpoint = create_checkpoint(
@@ -202,9 +212,13 @@ class CheckpointManager:
                 checkpoint["rank_states"] = rank_states
             checkpoint["timestamp"] = info.timestamp
             handle = self._submit(checkpoint, info, model, optimizer)
-            return handle is not None
+            return (info.global_step or 0, handle.skipped) if handle is not None else None
 
-        if ranks.on_first(save_here) and handle is None:
+        saved = ranks.on_first_from_all(capture_own, save_here)
+        if saved is not None and handle is None:
+            step, is_skipped = saved
+            if not is_skipped:
+                self._mark_progress(step)  # so that this rank's should_save says what rank 0's does
             handle = SaveHandle(str(self.checkpoint_dir), _run)
             handle.skip()  # rank 0 writes
         return handle
@@ -245,6 +259,8 @@ class CheckpointManager:
     ) -> SaveHandle | None:
         with self._saving:
             self._saver.check_usable()
+            if not self._directory.is_open:
+                self._saver.wait_idle()  # somebody has moved or removed the directory under what is in flight
             self._directory.open_for_writing()
             if self.save_best_only and not self._is_improvement(info):
                 return None
@@ -350,7 +366,9 @@ class CheckpointManager:
         Args:
             model, optimizer, scheduler: to restore into; those left out are not restored.
             device: where to move the model.
-            stateful, rank_stateful: the objects that were given to `save`, by the same names.
+            stateful, rank_stateful: the objects that were given to `save`, by the same names. When another number of
+                ranks saved the checkpoint, nobody's own state is in it: those of `rank_stateful`, and the random number
+                generators, are left as they are, with a warning.
             strict: the checkpoint must hold everything that is asked for, and the model's keys must match. Otherwise
                 what is missing is left as it is, with a warning.
             restore_rng: set all random number generators to the states of this rank when it was saved.
@@ -390,7 +408,7 @@ class CheckpointManager:
 
     def load(
         self,
-        checkpoint: int | str | os.PathLike[str],
+        checkpoint: SupportsIndex | str | os.PathLike[str],
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
         scheduler: Any = None,
@@ -411,86 +429,97 @@ class CheckpointManager:
         )
         path = Ranks().on_first(lambda: self._find(checkpoint))
         try:
-            return self._restore(path, request, follow_links=True)
+            return self._restore(path, request)
         except _Unreadable as error:
-            raise error.__cause__ or CorruptCheckpointError(str(error)) from error
+            raise error.met from error.met.__cause__
 
-    def _find(self, checkpoint: int | str | os.PathLike[str]) -> str:
-        if isinstance(checkpoint, int):
+    def _find(self, checkpoint: SupportsIndex | str | os.PathLike[str]) -> str:
+        if isinstance(checkpoint, SupportsIndex):
+            step = operator.index(checkpoint)
             found = self._directory.read()
-            infos = [info for info in found.registry.checkpoints if info.global_step == checkpoint]
+            infos = [info for info in found.registry.checkpoints if info.global_step == step]
             if infos:
                 return self._directory.path_of(str(file_of(found, infos[-1])))
             steps = ", ".join(str(info.global_step) for info in found.registry.checkpoints) or "none"
-            raise CheckpointNotFoundError(
-                f"{self.checkpoint_dir} has no checkpoint of step {checkpoint}; it has {steps}"
-            )
+            raise CheckpointNotFoundError(f"{self.checkpoint_dir} has no checkpoint of step {step}; it has {steps}")
         name = os.fspath(checkpoint)
         in_directory = self.checkpoint_dir / name
-        return str(in_directory) if not os.path.exists(name) and in_directory.exists() else os.path.abspath(name)
+        is_bare = os.path.basename(name) == name
+        return str(in_directory) if is_bare and in_directory.exists() else os.path.abspath(name)
 
     def _restore_first(
-        self, choose: Callable[[Survey], list[str]], request: _Restore, what: str
+        self, choose: Callable[[Survey], list[_Candidate]], request: _Restore, what: str
     ) -> tuple[int, dict[str, Any]]:
         """The first of the chosen files that every rank can read."""
         ranks = Ranks()
-        error: BaseException | None = None
+        error: Exception | None = None
         for look in range(_NUM_LOOKS):
-            paths = ranks.on_first(lambda: choose(self._directory.read()))
-            if not paths:
+            candidates = ranks.on_first(lambda: self._look(choose))
+            if not candidates:
                 log_quietly(logging.INFO, f"{self.checkpoint_dir} has no {what} to resume from")
                 return 0, {}
-            for path in paths:
+            for candidate in candidates:
                 try:
-                    return self._restore(path, request)
+                    return self._restore(candidate.path, request, candidate)
                 except _Unreadable as unreadable:
-                    error = unreadable.__cause__
+                    error = unreadable.met
                     is_last_look = look == _NUM_LOOKS - 1
-                    if not is_last_look and ranks.on_first(lambda: choose(self._directory.read())) != paths:
+                    if not is_last_look and ranks.on_first(lambda: self._look(choose)) != candidates:
                         break  # another process has changed the directory meanwhile
-                    self._report_fallback(path, unreadable, is_last=path == paths[-1])
+                    self._directory.note_damaged(candidate.info)
+                    self._report_fallback(candidate.path, unreadable, is_last=candidate is candidates[-1])
             else:
                 break
         raise CorruptCheckpointError(
             f"no {what} in {self.checkpoint_dir} can be read; the last error: {error}"
         ) from error
 
-    def _newest_first(self, found: Survey) -> list[str]:
-        return [self._directory.path_of(str(file_of(found, info))) for info in reversed(found.registry.checkpoints)]
+    def _look(self, choose: Callable[[Survey], list[_Candidate]]) -> list[_Candidate]:
+        """What there is to choose from. Raises `CorruptCheckpointError` if all that there was is lost."""
+        found = self._directory.read()
+        if found.lost:
+            raise CorruptCheckpointError(
+                f"{self.checkpoint_dir} had checkpoints, and none of them can be read: {', '.join(found.lost[:5])}; "
+                "bring them back, or, to start anew, use another directory or move these files and registry.json away"
+            )
+        if not found.registry.checkpoints and found.strangers:
+            log_quietly(
+                logging.WARNING,
+                f"{self.checkpoint_dir} holds {len(found.strangers)} .pt files that are not this run's, "
+                f"{found.strangers[0]} for one: they are left alone",
+            )
+        return choose(found)
 
-    def _best_first(self, found: Survey) -> list[str]:
+    def _newest_first(self, found: Survey) -> list[_Candidate]:
+        return [self._candidate(found, info) for info in reversed(found.registry.checkpoints)]
+
+    def _best_first(self, found: Survey) -> list[_Candidate]:
         """The best one's file; then its link, which may be a copy, and whole."""
         best = found.registry.best
         if best is None:
             return []
-        names = [str(file_of(found, best))] + [BEST_NAME] * (found.linked_best == best.sequence)
-        return [self._directory.path_of(name) for name in dict.fromkeys(names)]
+        candidate = self._candidate(found, best)
+        link = replace(candidate, path=self._directory.path_of(BEST_NAME))
+        return [candidate, link] if found.linked_best == best.sequence and link != candidate else [candidate]
+
+    def _candidate(self, found: Survey, info: CheckpointInfo) -> _Candidate:
+        return _Candidate(self._directory.path_of(str(file_of(found, info))), found.registry.run_id, info)
 
     def _report_fallback(self, path: str, error: Exception, *, is_last: bool) -> None:
         log_quietly(logging.WARNING, f"{error}" if is_last else f"{error}; trying the next one")
         self._saver.emit("fallback", path, str(error))
 
-    def _restore(self, path: str, request: _Restore, *, follow_links: bool = False) -> tuple[int, dict[str, Any]]:
+    def _restore(self, path: str, request: _Restore, expected: _Candidate | None = None) -> tuple[int, dict[str, Any]]:
         """Read one file on every rank, and restore it if all could; else nobody does."""
         ranks = Ranks()
         weights_only = self.weights_only if request.weights_only is None else request.weights_only
         try:
-            checkpoint = ranks.on_all(lambda: _read(path, weights_only=weights_only, follow_links=follow_links))
+            checkpoint = ranks.on_all(lambda: _read(path, expected, weights_only=weights_only))
         except Exception as error:
-            met = error.error if isinstance(error, OtherRankError) else error
-            if _is_unreadable(met):
-                raise _Unreadable(str(error)) from met
+            if _is_unreadable(error):
+                raise _Unreadable(error) from error
             raise
-        restore_checkpoint(
-            request.for_rank(checkpoint, ranks),
-            request.model,
-            request.optimizer,
-            request.scheduler,
-            request.device,
-            stateful={**(request.stateful or {}), **(request.rank_stateful or {})},
-            strict=request.strict,
-            restore_rng=request.restore_rng,
-        )
+        ranks.on_all(lambda: request.restore(checkpoint, ranks))
         with self._saving:
             self._newest_step = None
             self._mark_progress(checkpoint.get("global_step") or 0)
@@ -540,8 +569,17 @@ class CheckpointManager:
 
         Also those that were recovered without a registry, which saving leaves alone. Blocks until the files are
         deleted, durably. With `dry_run` nothing is changed. Raises as `save` does when the directory can't be written.
+        In a distributed run rank 0 does it, and waits for nobody; on the others nothing happens, and none are returned.
         """
-        return [self._directory.locate(info) for info in self._directory.prune(retention, dry_run=dry_run)]
+        if not dry_run and not Ranks().is_first:
+            return []
+        if dry_run:
+            dropped = self._directory.prune(retention, dry_run=True)
+        else:
+            self._saver.check_open()
+            self._directory.open_for_writing()
+            dropped = self._saver.run_on_worker(lambda: self._directory.prune(retention))
+        return [self._directory.locate(info) for info in dropped]
 
     # --- the end ---
 
@@ -558,9 +596,14 @@ class CheckpointManager:
         Ranks().on_first(lambda: self._saver.wait(timeout))
 
     def close(self, timeout: float | None = None) -> None:
-        """Wait until everything is durable, and give threads, memory and the directory back. Raises as `wait` does."""
-        self._saver.close(timeout)
-        self._directory.close()
+        """Wait until everything is durable, and give threads, memory and the directory back. Raises as `wait` does.
+
+        Waits for no other rank: in a distributed run the first one closes what it wrote, and alone raises what failed.
+        """
+        try:
+            self._saver.close(timeout)
+        finally:
+            self._saver.call_when_idle(self._directory.close)
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -568,8 +611,10 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._saver.__exit__(kind, error, traceback)
-        self._directory.close()
+        try:
+            self._saver.__exit__(kind, error, traceback)
+        finally:
+            self._saver.call_when_idle(self._directory.close)
 
 
 @dataclass
@@ -586,30 +631,60 @@ class _Restore:
     restore_rng: bool
     weights_only: bool | None
 
-    def for_rank(self, checkpoint: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-        """The checkpoint as this rank saved it: with its own generators' states, and what it kept of its own."""
+    def restore(self, checkpoint: dict[str, Any], ranks: Ranks) -> None:
+        """Put the checkpoint in place as this rank saved it: with its own generators' states, and what was its own."""
+        _check_names(self.stateful, self.rank_stateful)
+        objects = {**(self.stateful or {}), **(self.rank_stateful or {})}
         rank_states = checkpoint.get("rank_states")
-        if rank_states is None and ranks.size == 1:
-            return checkpoint
-        own: dict[str, Any] = {}
+        adapted = dict(checkpoint)
         if rank_states is not None and len(rank_states) == ranks.size:
             own = rank_states[ranks.rank]
-        else:
-            num_saved = len(rank_states) if rank_states is not None else 1
-            log_quietly(
-                logging.WARNING,
-                f"saved by {num_saved} ranks and loaded by {ranks.size}: random number generators, and what ranks kept "
-                "of their own, are left as they are",
-            )
-        adapted = {**checkpoint, "stateful": {**checkpoint.get("stateful", {}), **own.get("stateful", {})}}
-        adapted.pop("rng_states", None)
-        if own.get("rng_states") is not None:
             adapted["rng_states"] = own["rng_states"]
-        return adapted
+            adapted["stateful"] = {**checkpoint.get("stateful", {}), **own["stateful"]}
+        elif rank_states is not None or ranks.size > 1:
+            adapted["rng_states"] = None
+            saved = {name for state in rank_states or () for name in state["stateful"]}
+            objects = {name: thing for name, thing in objects.items() if name not in saved}
+            if ranks.is_first and (self.optimizer is not None or self.rank_stateful):  # not for weights alone
+                log_quietly(
+                    logging.WARNING,
+                    f"saved by {len(rank_states or (1,))} ranks and loaded by {ranks.size}: random number generators, "
+                    "and what ranks kept of their own, are left as they are",
+                )
+        restore_checkpoint(
+            adapted,
+            self.model,
+            self.optimizer,
+            self.scheduler,
+            self.device,
+            stateful=objects,
+            strict=self.strict,
+            restore_rng=self.restore_rng,
+        )
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A file to load, and which checkpoint of which run it should hold."""
+
+    path: str
+    run_id: str
+    info: CheckpointInfo
+
+    def check(self, description: FileDescription | None) -> None:
+        """Raise unless it is that one, or a later one that took its name meanwhile."""
+        is_ours = description is not None and description.run_id == self.run_id
+        if description is None or not is_ours or (description.info.sequence or 0) < (self.info.sequence or 0):
+            raise CorruptCheckpointError(f"{self.path} is not the checkpoint that the registry names, but another file")
 
 
 class _Unreadable(Exception):
-    """A checkpoint that can't be read, on this rank or another; the cause is what that rank met."""
+    """A checkpoint that can't be read, on this rank or another; `met` is what that rank met."""
+
+    def __init__(self, met: Exception) -> None:
+        cause = met.__cause__
+        super().__init__(f"rank {cause.rank}: {met}" if isinstance(cause, OtherRankError) else str(met))
+        self.met = met
 
 
 def _is_unreadable(error: Exception) -> bool:
@@ -618,13 +693,22 @@ def _is_unreadable(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in _UNREADABLE
 
 
+def _check_names(stateful: Mapping[str, Any] | None, rank_stateful: Mapping[str, Any] | None) -> None:
+    both = sorted((stateful or {}).keys() & (rank_stateful or {}).keys())
+    if both:
+        raise ValueError(f"{', '.join(both)} can't be both in stateful and in rank_stateful: one would be lost")
+
+
 def _run(action: Callable[[], object]) -> None:
     action()
 
 
-def _read(path: str, *, weights_only: bool, follow_links: bool) -> dict[str, Any]:
-    with open_checkpoint(path, follow_links=follow_links) as reader:
-        checkpoint = load_reader(reader, path, weights_only=weights_only)
+def _read(path: str, expected: _Candidate | None, *, weights_only: bool) -> dict[str, Any]:
+    """Load a checkpoint's file; one that the registry named must be what it says, and is not looked for by a link."""
+    with open_checkpoint(path, follow_links=expected is None) as reader:
+        checkpoint = load_reader(reader, path, weights_only=weights_only)  # which verifies it
+        if expected is not None:
+            expected.check(read_description(read_metadata(reader), reader.num_bytes))
     if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is whole, but not a training checkpoint: it has no model_state_dict")
     return checkpoint

@@ -15,7 +15,7 @@ class CheckpointInfo:
     `epoch`, `global_step`, the losses, `val_metrics` and `sequence` are None or empty for saves that name only a path.
     `sequence` numbers the commits of a run: the newest checkpoint is the one with the highest, whatever its step.
     `timestamp` is ISO 8601, UTC. `protected` checkpoints were recovered without a registry; retention leaves them alone
-    until `prune()`.
+    until `prune()`. `damaged` ones turned out so when this process loaded them; they count for nothing.
     """
 
     filepath: Path
@@ -29,10 +29,11 @@ class CheckpointInfo:
     train_loss: float | None = None
     sequence: int | None = None
     protected: bool = False
+    damaged: bool = False
 
     def metric(self, name: str) -> float | None:
         """The value of "val_loss", "train_loss" or one of `val_metrics`; None if it was not given."""
-        if name == "val_loss":
+        if name == "val_loss" and (self.val_loss is not None or name not in self.val_metrics):
             return self.val_loss
         if name == "train_loss" and name not in self.val_metrics:
             return self.train_loss

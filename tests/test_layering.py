@@ -15,6 +15,11 @@ PACKAGE = Path(asyncckpt.__file__).parent
 # From the top down. A module may import from its own line's modules only if they are listed in the same line, and from
 # every line below.
 LAYERS = [
+    "__main__",
+    "cli.app",
+    "cli.inspection cli.difference cli.listing cli.verification cli.upkeep cli.advice",
+    "cli.tensors",
+    "cli.output",
     "manager distributed.ddp",
     "state.restore state.sampler",
     "state.capture",
@@ -54,6 +59,7 @@ TORCH_FREE = {
     *("image.layout", "image.arena", "image.checksum", "image.verify", "image.file"),
     *("storage.base", "storage.local", "storage.system_calls"),
     *(f"storage.{name}" for name in ("files", "directories", "temporary", "links", "directory_lock")),
+    *(f"cli.{name}" for name in ("output", "listing", "verification", "upkeep", "advice")),
     *(f"service.{name}" for name in ("queue", "worker", "handle", "admission", "order", "memory", "exit")),
 }
 

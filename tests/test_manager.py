@@ -9,8 +9,10 @@ import json
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 from storage.mounts import remount, small_file_system
+from storage.seam import Call, Seam
 from torch import nn
 
 import asyncckpt
@@ -801,23 +804,23 @@ def test_adaptive_interval_learns_from_the_saves(make: Callable[..., CheckpointM
 def test_a_disk_that_fills_while_the_registry_is_written(
     make: Callable[..., CheckpointManager], tmp_path: Path
 ) -> None:
-    """No inode is left for the registry's new file: the save fails, nothing is lost, and the next one lists both."""
+    """No inode is left for the registry's new file: found before anything is committed, and nothing is lost."""
     training = Training()
     with small_file_system(tmp_path / "mounted", "size=16m", "nr_inodes=7") as place:
         manager = make(place / "run")
         training.save(manager, global_step=1, val_loss=0.5)
         manager.wait(60)
         training.save(manager, global_step=2, val_loss=0.4)
-        with pytest.raises(CheckpointWriteError, match=r"is whole, but could not be listed in the registry: No space"):
+        with pytest.raises(CheckpointWriteError, match=r"was not saved: No space left"):
             manager.wait(60)
         reader = make(place / "run")
-        assert steps(reader) == [1, 2]
+        assert steps(reader) == [1]
         assert all(report.ok for report in reader.verify())
         remount(place, "nr_inodes=20")
         training.save(manager, global_step=3, val_loss=0.6)
         manager.wait(60)
-        assert steps(reader) == steps(manager) == [1, 2, 3]
-        assert (reader.best and reader.best.global_step) == 2
+        assert steps(reader) == steps(manager) == [1, 3]
+        assert (reader.best and reader.best.global_step) == 1
         assert names(place / "run") == {
             "best_model.pt",
             "registry.json",
@@ -869,3 +872,198 @@ def test_numbers_that_are_too_large(make: Callable[..., CheckpointManager], numb
     else:
         manager.wait(60)
         assert steps(make()) == [number]
+
+
+# --- never a silent start from the beginning ---
+
+
+def lose_registry_and_tear_files(directory: Path) -> None:
+    (directory / "registry.json").unlink()
+    for path in directory.glob("*.pt"):
+        content = path.read_bytes()[:1000]
+        path.unlink()
+        path.write_bytes(content)
+
+
+def lose_files(directory: Path) -> None:
+    for path in directory.glob("*.pt"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("lose", [lose_registry_and_tear_files, lose_files])
+def test_checkpoints_that_are_lost_are_an_error(
+    make: Callable[..., CheckpointManager], lose: Callable[[Path], None]
+) -> None:
+    training, manager = Training(), make()
+    training.save(manager)
+    manager.close()
+    lose(manager.checkpoint_dir)
+    for load in (make().load_latest, make().load_best):
+        with pytest.raises(CorruptCheckpointError, match=r"had checkpoints, and none of them can be read: checkpoint_"):
+            load(training.model)
+
+
+def test_files_that_can_not_be_read_now_are_an_error(make: Callable[..., CheckpointManager]) -> None:
+    """Without a registry, and with no descriptor left to look at the files: not taken for an empty directory."""
+    training, manager = Training(), make()
+    training.save(manager)
+    manager.close()
+    (manager.checkpoint_dir / "registry.json").unlink()
+
+    def fail(call: Call) -> None:
+        if call.name == "open_file" and call.path.endswith(".pt"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with Seam(fail), pytest.raises(OSError, match="Too many open files"):
+        make().load_latest(training.model)
+    assert make().load_latest(training.model)[0] == 1
+
+
+def test_strangers_are_pointed_out(make: Callable[..., CheckpointManager], caplog: pytest.LogCaptureFixture) -> None:
+    manager = make()
+    manager.checkpoint_dir.mkdir()
+    torch.save({"mine": 1}, manager.checkpoint_dir / "old.pt")
+    assert manager.load_latest(Training().model) == (0, {})
+    assert "holds 1 .pt files that are not this run's, old.pt for one" in caplog.text
+
+
+def test_another_runs_file_under_a_listed_name_is_not_loaded(
+    make: Callable[..., CheckpointManager], tmp_path: Path
+) -> None:
+    training, ours, theirs = Training(), make(), make(tmp_path / "theirs")
+    for manager, loss in ((ours, 0.9), (theirs, 0.5)):
+        training.save(manager, global_step=1, val_loss=loss)
+        training.save(manager, global_step=2, val_loss=0.5)
+        manager.close()
+    ours.list_checkpoints()[-1].filepath.write_bytes(theirs.list_checkpoints()[-1].filepath.read_bytes())
+    assert make().load_latest(training.model)[1]["global_step"] == 1
+
+
+# --- ends and interruptions ---
+
+
+def test_closing_twice_waits_twice(make: Callable[..., CheckpointManager]) -> None:
+    """The directory is held until nothing is in flight, whatever the first close's time-out said."""
+    training, manager = Training(), make()
+    training.save(manager, global_step=1)
+    manager.wait(60)
+    gate = threading.Event()
+
+    def hold(call: Call) -> None:
+        if call.name == "rename" and "registry.json" in str(call.args[1]):
+            assert gate.wait(60)
+
+    with Seam(hold):
+        handle = training.save(manager, global_step=2)
+        assert handle is not None
+        for _ in range(2):
+            with pytest.raises(asyncckpt.WaitTimeoutError):
+                manager.close(0.05)
+        with pytest.raises(StorageBusyError):
+            training.save(make())
+        gate.set()
+        manager.close(60)
+    assert handle.result().global_step == 2
+    later = make()
+    training.save(later, global_step=3)
+    later.wait(60)
+    assert steps(later) == [1, 2, 3]
+
+
+def test_a_failed_save_does_not_keep_the_directory(make: Callable[..., CheckpointManager]) -> None:
+    training, manager = Training(), make()
+    training.save(manager, global_step=1)
+    manager.wait(60)
+
+    def fail(call: Call) -> None:
+        if call.name == "pwrite":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with Seam(fail):
+        handle = training.save(manager, global_step=2)
+        assert handle is not None
+        handle.wait_settled(60)
+        with pytest.raises(CheckpointWriteError, match="No space"):
+            manager.close()
+    later = make()
+    training.save(later, global_step=3)
+    later.wait(60)
+    assert steps(later) == [1, 3]
+    with pytest.raises(SaverClosedError):
+        manager.prune()
+
+
+def test_a_signal_handler_saves_during_prune(make: Callable[..., CheckpointManager]) -> None:
+    """With no room in flight, too: prune works on a worker, so nobody waits for himself."""
+    training, manager = Training(), make(max_in_flight=1)
+    for step in (1, 2, 3):
+        training.save(manager, global_step=step)
+    manager.wait(60)
+    saved: list[asyncckpt.SaveHandle | None] = []
+
+    def save_twice(*_: object) -> None:
+        saved.extend(training.save(manager, global_step=step) for step in (4, 5))
+
+    def interrupt(call: Call) -> None:
+        if call.name == "rename" and "registry.json" in str(call.args[1]) and not saved:
+            signal.raise_signal(signal.SIGUSR1)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, save_twice)
+    try:
+        with Seam(interrupt):
+            manager.prune(KeepLast(1))
+            manager.wait(60)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(saved) >= 2
+    assert steps(manager)[0] == 1
+    assert steps(manager)[-2:] == [4, 5]
+
+
+def test_damaged_checkpoints_take_nobodys_place(make: Callable[..., CheckpointManager]) -> None:
+    """A resumed run keeps what it resumed from, until there is something newer that is whole."""
+    training, manager = Training(), make(max_checkpoints=2)
+    for step in (1, 2):
+        training.save(manager, global_step=step, val_loss=None)
+    manager.close()
+    damage(manager.list_checkpoints()[-1].filepath)
+    resumed = make(max_checkpoints=2)
+    assert resumed.load_latest(training.model)[1]["global_step"] == 1
+    assert [info.damaged for info in resumed.list_checkpoints()] == [False, True]
+    training.save(resumed, global_step=3, val_loss=None)
+    resumed.wait(60)
+    assert steps(resumed) == [1, 2, 3]
+    for step in (4, 5):
+        training.save(resumed, global_step=step, val_loss=None)
+    resumed.wait(60)
+    assert steps(resumed) == [4, 5]
+
+
+def test_save_best_only_after_the_best_was_damaged(make: Callable[..., CheckpointManager]) -> None:
+    training, manager = Training(), make(save_best_only=True)
+    training.save(manager, global_step=1, val_loss=0.5)
+    manager.close()
+    for path in manager.checkpoint_dir.glob("*.pt"):
+        damage(path)
+    resumed = make(save_best_only=True)
+    with pytest.raises(CorruptCheckpointError):
+        resumed.load_latest(training.model)
+    assert training.save(resumed, global_step=2, val_loss=0.6) is not None
+    resumed.wait(60)
+    assert (resumed.best and resumed.best.global_step) == 2
+
+
+def test_val_loss_among_the_metrics(make: Callable[..., CheckpointManager]) -> None:
+    manager = make()
+    Training().save(manager, val_loss=None, val_metrics={"val_loss": 0.25})
+    manager.wait(60)
+    assert manager.best_score == 0.25
+
+
+def test_steps_of_any_integer_type(make: Callable[..., CheckpointManager]) -> None:
+    numpy = pytest.importorskip("numpy")
+    training, manager = Training(), make()
+    training.save(manager, global_step=7)
+    manager.wait(60)
+    assert manager.load(numpy.int64(7), training.model)[0] == 1

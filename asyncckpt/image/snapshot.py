@@ -163,7 +163,7 @@ class Snapshotter:
             return set()
         reason = fence.why_not_overlap(optimizers, modules)
         if reason is not None:
-            warnings.warn(f"snapshot='overlap' fell back to 'copy' for this save: {reason}", stacklevel=5)
+            warnings.warn(f"snapshot='overlap' fell back to 'copy' for this save: {reason}", stacklevel=6)
             return set()
         return fence.late_keys(plan, optimizers)
 

@@ -96,11 +96,12 @@ def verify_reader(reader: Reader, path: str, *, num_threads: int = 1) -> VerifyR
 
 
 def read_metadata(reader: Reader) -> Mapping[str, object] | None:
-    """What the file says of itself, without reading the rest; None for damaged files, and those not of asyncckpt."""
-    try:
-        return _read_metadata(reader, read_archive(reader))
-    except (CorruptCheckpointError, EOFError):
-        return None
+    """What the file says of itself, without reading the rest; None for files that asyncckpt did not write.
+
+    Raises `CorruptCheckpointError` if its directory or this record is damaged.
+    """
+    archive = read_archive(reader)
+    return _read_metadata(reader, archive)
 
 
 def default_num_threads() -> int:

@@ -7,18 +7,20 @@ the registry and then the best link, the save is acknowledged, `delete_pending` 
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import logging
 import os
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from asyncckpt.errors import CheckpointError, CheckpointWriteError, StorageBusyError
+from asyncckpt.errors import CheckpointError, CheckpointWriteError, CorruptCheckpointError, StorageBusyError
 from asyncckpt.events import EventKind
 from asyncckpt.image.verify import default_num_threads, verify_reader
 from asyncckpt.naming import BEST_NAME, REGISTRY_NAME, numbered_name
@@ -82,7 +84,8 @@ class CheckpointDirectory:
         self._is_recorded = False  # registry.json says the same
         self._linked_best: int | None = None
         self._strangers: frozenset[str] = frozenset()
-        self._last_reserved = 0
+        self._damaged: frozenset[int] = frozenset()
+        self._sequences = itertools.count(1)  # its `next` is one act, whatever signals come
 
     # --- reading ---
 
@@ -99,16 +102,22 @@ class CheckpointDirectory:
     def registry(self) -> Registry:
         """The registry: the writer's own, or what is read from the directory."""
         registry = self._registry
-        if registry is not None and self._is_open():
-            return registry
-        return self.read().registry
+        if registry is None or not self.is_open:
+            registry = self.read().registry
+        return registry.with_damaged(self._damaged) if self._damaged else registry
 
-    def _is_open(self) -> bool:
-        """Not so in a forked child, nor when somebody has moved or removed the directory."""
+    @property
+    def is_open(self) -> bool:
+        """Open for writing: not so in a forked child, nor when somebody has moved or removed the directory."""
         lock = self._lock
         with contextlib.suppress(OSError):
             return lock is not None and lock.is_intact()
         return False
+
+    def note_damaged(self, info: CheckpointInfo) -> None:
+        """A load found it so: from now on it is not the best, and takes no whole checkpoint's place in retention."""
+        if info.sequence is not None:
+            self._damaged |= {info.sequence}
 
     def locate(self, info: CheckpointInfo) -> CheckpointInfo:
         """The same checkpoint with the whole path of its file."""
@@ -124,21 +133,18 @@ class CheckpointDirectory:
         `RegistryError`.
         """
         with self._opening:
-            if self._is_open():
-                return
             if self._is_opening:
                 raise CheckpointError(f"{self.path} is being opened for writing by what this signal interrupted")
+            if self.is_open:
+                return
             self._is_opening = True
             try:
+                with self._writing, _explained(f"{self.path} can't be opened for writing"):
+                    self.close()
+                    self._lock = self._take_lock()
+                    self._recover()
+            except BaseException:
                 self.close()
-                self._lock = self._take_lock()
-                self._recover()
-            except BaseException as error:
-                self.close()
-                if isinstance(error, OSError) and not isinstance(error, CheckpointError):
-                    reason = error.strerror or str(error)
-                    message = f"{self.path} can't be opened for writing: {reason}"
-                    raise CheckpointWriteError(message, errno=error.errno) from error
                 raise
             finally:
                 self._is_opening = False
@@ -177,19 +183,27 @@ class CheckpointDirectory:
         registry = self._finish_deletes(found, self._adopt(found))
         self._linked_best = found.linked_best
         self._strangers = frozenset(found.strangers)
-        self._last_reserved = max(self._last_reserved, registry.last_sequence)
+        self._sequences = itertools.count(max(next(self._sequences), registry.last_sequence + 1))
         self._registry = registry
         self._is_recorded = found.recorded is not None and _lists_the_same(registry, found.recorded)
-        if not self._is_recorded and (registry.checkpoints or found.recorded is not None):
-            self._write()
+        if not self._is_recorded and (registry.checkpoints or found.recorded is not None or found.damage):
+            self._write(registry)
         self._link_best()
+        if registry.best is None and found.linked_best is not None:
+            self._report(logging.INFO, "recovered", BEST_NAME, f"no checkpoint has a {registry.monitor_metric}: kept")
 
     def _adopt(self, found: Survey) -> Registry:
         """Take in what was committed but not recorded, each file only if it is whole."""
         registry = found.registry
         for info in (*found.unrecorded, *found.restorable):
-            problem = self._problem(str(file_of(found, info)))
             name = str(info.filepath)
+            try:
+                problem = self._problem(str(file_of(found, info)))
+            except OSError as error:  # it may be whole, and nobody would ever look at it again
+                others = [other for other in registry.checkpoints if other.sequence != info.sequence]
+                registry = registry.with_checkpoints([*others, replace(info, protected=True)])
+                self._report(logging.WARNING, "recovered", name, f"taken in, but can't be read now: {error.strerror}")
+                continue
             if problem:
                 registry = registry.with_checkpoints(i for i in registry.checkpoints if i.sequence != info.sequence)
                 self._report(logging.WARNING, "recovered", name, f"not taken in: {problem}")
@@ -207,24 +221,27 @@ class CheckpointDirectory:
         if not found.deletable:
             return registry
         needed = [info for info in (registry.latest, registry.best) if info is not None]
-        if needed and not any(self._problem(str(info.filepath)) for info in needed):
+        if needed and not any(self._is_bad(str(info.filepath)) for info in needed):
             return self._delete(registry, found.deletable)
         rescued = []
         for drop in found.deletable:
             description = describe_file(self._storage, self.path_of(drop.name))
-            if description is not None and not self._problem(drop.name):
+            if description is not None and not self._is_bad(drop.name):
                 rescued.append(replace(description.info, protected=True))
                 self._report(logging.WARNING, "recovered", drop.name, "kept after all: what replaced it is damaged")
         return registry.with_checkpoints([*registry.checkpoints, *rescued])
 
-    def _problem(self, name: str) -> str:
-        """What is wrong with a file; "" when it is whole. Reads all of it."""
-        path = self.path_of(name)
+    def _is_bad(self, name: str) -> bool:
         try:
-            with self._storage.open(path, follow_links=False) as reader:
-                report = verify_reader(reader, path, num_threads=default_num_threads())
-        except OSError as error:
-            return error.strerror or str(error)
+            return bool(self._problem(name))
+        except OSError:
+            return True
+
+    def _problem(self, name: str) -> str:
+        """What is wrong with a file; "" when it is whole. Reads all of it; raises OSError when it can't."""
+        path = self.path_of(name)
+        with self._storage.open(path, follow_links=False) as reader:
+            report = verify_reader(reader, path, num_threads=default_num_threads())
         return report.problems[0] if report.problems else ""
 
     def _set_aside(self, damage: str) -> None:
@@ -240,33 +257,44 @@ class CheckpointDirectory:
 
     def reserve(self, info: CheckpointInfo) -> CheckpointInfo:
         """Give a checkpoint that is about to be written its sequence number, and a name that nobody else's file has."""
-        assert self._registry is not None, "not open for writing"
-        self._last_reserved += 1
         name = str(info.filepath)
         number = 2
         while name in self._strangers:
             name = numbered_name(str(info.filepath), number)
             number += 1
-        return replace(info, filepath=Path(name), sequence=self._last_reserved)
+        return replace(info, filepath=Path(name), sequence=next(self._sequences))
 
     def describe(self, info: CheckpointInfo) -> Mapping[str, object]:
         """What the checkpoint's file is to say of itself."""
-        assert self._registry is not None, "not open for writing"
-        return describe_in_file(self._registry, info)
+        return describe_in_file(self._own_registry(), info)
 
-    def record(self, info: CheckpointInfo) -> CheckpointInfo:
-        """The file is committed: write the registry, then the best link; durable on return. Blocks.
+    def record(self, info: CheckpointInfo, commit: Callable[[], None]) -> CheckpointInfo:
+        """Commit a checkpoint by `commit`, then the registry that lists it, then the best link; all durable on return.
 
-        After an OSError the file is there but may not be listed; the next `record`, or whoever opens the directory
-        next, lists it. May be called again for the same checkpoint.
+        Blocks. The registry's file is written before the commit, so that a full disk is found while nothing has
+        happened yet. No file is deleted meanwhile. After an OSError the checkpoint may be there but not listed; the
+        next `record`, or whoever opens the directory next, lists it. May be done again for the same checkpoint.
         """
         with self._writing:
-            assert self._registry is not None, "not open for writing"
-            registry = self._registry.with_checkpoint(info)
-            if self._retention is not None:
-                registry = registry.keeping(retained(self._retention, registry.checkpoints))
-            self._registry = registry
-            self._write()
+            registry = self._with(info)
+            contents = encode_registry(registry)
+            upload = self._storage.begin(self.path_of(REGISTRY_NAME), len(contents))
+            try:
+                upload.write(0, memoryview(contents))
+                upload.sync()
+                try:
+                    commit()
+                except BaseException:
+                    if self._is_there(info):  # only the last sync failed: it would be nobody's file
+                        self._registry, self._is_recorded = registry, False
+                    raise
+                self._registry, self._is_recorded = registry, False
+                upload.commit()
+                upload.close()
+            except BaseException:
+                upload.abort()
+                raise
+            self._registry, self._is_recorded = registry, True
             self._link_best()
         return next((kept for kept in registry.checkpoints if kept.sequence == info.sequence), info)
 
@@ -277,17 +305,43 @@ class CheckpointDirectory:
                 self._registry = self._delete(self._registry, self._registry.pending_deletes)
 
     def prune(self, retention: RetentionPolicy | None = None, *, dry_run: bool = False) -> list[CheckpointInfo]:
-        """Apply a policy now, to checkpoints recovered without a registry too; what was (or would be) dropped."""
+        """Apply a policy now, to checkpoints recovered without a registry too; what was (or would be) dropped.
+
+        Blocks until the files are deleted, durably. Raises as `open_for_writing` does.
+        """
         if dry_run:
             return self._pruned(self.registry, retention)[1]
         self.open_for_writing()
-        with self._writing:
-            assert self._registry is not None
-            self._registry, dropped = self._pruned(self._registry, retention)
-            self._write()
+        with self._writing, _explained(f"{self.path} was not pruned"):
+            pruned, dropped = self._pruned(self._own_registry(), retention)
+            try:
+                self._write(pruned)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                # Room first: should we die here, whoever opens the directory next finds these files gone, no more.
+                pruned = self._delete(pruned, pruned.pending_deletes)
+                self._write(pruned)
             self._link_best()
-        self.delete_pending()
+            self._registry = self._delete(pruned, pruned.pending_deletes)
         return dropped
+
+    def _own_registry(self) -> Registry:
+        if self._registry is None:
+            raise CheckpointError(f"{self.path} is not open for writing any more")
+        return self._registry
+
+    def _with(self, info: CheckpointInfo) -> Registry:
+        registry = self._own_registry().with_checkpoint(info).with_damaged(self._damaged)
+        if self._retention is not None:
+            registry = registry.keeping(retained(self._retention, registry.checkpoints))
+        return registry
+
+    def _is_there(self, info: CheckpointInfo) -> bool:
+        with contextlib.suppress(OSError, CorruptCheckpointError):
+            description = describe_file(self._storage, self.path_of(str(info.filepath)))
+            return description is not None and description.info.sequence == info.sequence
+        return False
 
     def _pruned(self, registry: Registry, retention: RetentionPolicy | None) -> tuple[Registry, list[CheckpointInfo]]:
         policy = retention or self._retention
@@ -297,37 +351,51 @@ class CheckpointDirectory:
         kept = retained(policy, bare.checkpoints)
         return bare.keeping(kept), [info for info in bare.checkpoints if info.sequence not in kept]
 
-    def _write(self) -> None:
-        assert self._registry is not None
-        self._is_recorded = False
-        self._storage.replace(self.path_of(REGISTRY_NAME), encode_registry(self._registry))
-        self._is_recorded = True
+    def _write(self, registry: Registry) -> None:
+        self._storage.replace(self.path_of(REGISTRY_NAME), encode_registry(registry))
+        self._registry, self._is_recorded = registry, True
 
     def _link_best(self) -> None:
         """The registry is the truth; the link follows."""
-        assert self._registry is not None
-        best = self._registry.best
+        best = self._own_registry().best
         if best is not None and best.sequence != self._linked_best:
-            self._storage.link(self.path_of(str(best.filepath)), self.path_of(BEST_NAME))
+            try:
+                self._storage.link(self.path_of(str(best.filepath)), self.path_of(BEST_NAME))
+            except OSError as error:
+                raise OSError(error.errno, f"{BEST_NAME} can't be renewed: {error.strerror}") from error
             self._linked_best = best.sequence
 
-    def _delete(self, registry: Registry, pending: tuple[PendingDelete, ...]) -> Registry:
+    def _delete(self, registry: Registry, pending: Sequence[PendingDelete]) -> Registry:
         """What could be deleted is off the list; the rest is tried again after the next save."""
-        if not pending:
+        ours = [drop for drop in pending if not self._is_strange(registry, drop)]
+        registry = registry.deleted(drop for drop in pending if drop not in ours)
+        if not ours:
             return registry
         try:
-            self._storage.delete([self.path_of(drop.name) for drop in pending])
+            self._storage.delete([self.path_of(drop.name) for drop in ours])
         except OSError as error:
-            if len(pending) == 1:
+            if len(ours) == 1:
                 reason = error.strerror or str(error)
-                self._report(logging.WARNING, "failed", pending[0].name, f"could not be deleted: {reason}")
+                self._report(logging.WARNING, "failed", ours[0].name, f"could not be deleted: {reason}")
                 return registry
-            for drop in pending:
+            for drop in ours:
                 registry = self._delete(registry, (drop,))
             return registry
-        for drop in pending:
+        for drop in ours:
             self._report(logging.INFO, "deleted", drop.name, "dropped by retention")
-        return registry.deleted(pending)
+        return registry.deleted(ours)
+
+    def _is_strange(self, registry: Registry, drop: PendingDelete) -> bool:
+        """Whether somebody has put another file in the place of what was dropped."""
+        with contextlib.suppress(OSError, CorruptCheckpointError):
+            description = describe_file(self._storage, self.path_of(drop.name))
+            is_ours = description is not None and description.run_id == registry.run_id
+            if description is None or not is_ours or description.info.sequence != drop.sequence:
+                is_there = drop.name in self._storage.list_names(self.path)
+                if is_there:
+                    self._report(logging.WARNING, "failed", drop.name, "not deleted: it is another file by now")
+                return is_there
+        return False
 
     def path_of(self, name: str) -> str:
         return os.path.join(self.path, name)
@@ -336,6 +404,16 @@ class CheckpointDirectory:
         path = self.path_of(name)
         log_quietly(level, f"{path}: {detail}")
         self._report_event(kind, path, detail)
+
+
+@contextlib.contextmanager
+def _explained(what_failed: str) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointWriteError(f"{what_failed}: {error.strerror or error}", errno=error.errno) from error
 
 
 def _lists_the_same(a: Registry, b: Registry) -> bool:

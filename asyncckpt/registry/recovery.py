@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from asyncckpt.errors import RegistryError
+from asyncckpt.errors import CorruptCheckpointError, RegistryError
 from asyncckpt.image.verify import read_metadata
 from asyncckpt.naming import BEST_NAME, REGISTRY_NAME, is_checkpoint_name
 from asyncckpt.records import CheckpointInfo
@@ -31,6 +31,9 @@ from asyncckpt.storage.base import Storage
 
 Describe = Callable[[str], FileDescription | None]
 
+_NUM_LOOKS = 5
+_NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)  # a link, a directory, a device: none of ours
+
 
 @dataclass(frozen=True)
 class Survey:
@@ -39,7 +42,8 @@ class Survey:
     `recorded` is what `registry.json` says. `registry` is how the directory should be read: with what was committed but
     not recorded (`unrecorded`), without what is `gone`. Files in `restorable` are gone, but the best link still has
     their contents. `deletable` were dropped by retention, and are still there. `strangers` are checkpoint files that
-    belong to another run, or to nobody known. `linked_best` is the sequence number of what the best link holds.
+    belong to another run, or to nobody known; without a registry, `torn` are those of them that are damaged.
+    `linked_best` is the sequence number of what the best link holds.
     """
 
     registry: Registry
@@ -50,7 +54,15 @@ class Survey:
     restorable: tuple[CheckpointInfo, ...] = ()
     deletable: tuple[PendingDelete, ...] = ()
     strangers: tuple[str, ...] = ()
+    torn: tuple[str, ...] = ()
     linked_best: int | None = None
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """With nothing to read: the names of checkpoints that were here, and can't be read any more."""
+        if self.registry.checkpoints:
+            return ()
+        return (*(str(info.filepath) for info in self.gone), *self.torn)
 
 
 def survey(
@@ -60,24 +72,15 @@ def survey(
 
     The best checkpoint is the best by `metric` and `mode`, or by what the directory itself says was monitored. A writer
     asks `every_file` what it is; readers believe the registry where it names a file that is there. Raises
-    `RegistryError` for a registry of somebody else or of a later version, and OSError when the directory can't be read.
+    `RegistryError` for a registry of somebody else or of a later version, and OSError when something can't be read.
     """
-    try:
-        names = set(storage.list_names(directory))
-    except FileNotFoundError:
-        names = set()
-
-    def path_of(name: str) -> str:
-        return os.path.join(directory, name)
+    recorded, damage, names = _look(storage, directory)
 
     def describe(name: str) -> FileDescription | None:
-        return describe_file(storage, path_of(name))
+        return describe_file(storage, os.path.join(directory, name))
 
-    files = {
-        name for name in names if is_checkpoint_name(name) and (not every_file or _is_file(storage, path_of(name)))
-    }
-    best_link = describe(BEST_NAME) if BEST_NAME in names else None
-    recorded, damage = read_registry(storage, directory)
+    files = {name for name in names if is_checkpoint_name(name)}
+    best_link = _describe_link(storage, directory) if BEST_NAME in names else None
     if recorded is None:
         found = _rebuild(files, best_link, describe, damage)
     else:
@@ -85,6 +88,25 @@ def survey(
     registry = found.registry.monitoring(metric or found.registry.monitor_metric, mode or found.registry.monitor_mode)
     linked_best = best_link.info.sequence if best_link and best_link.run_id == registry.run_id else None
     return replace(found, registry=registry, linked_best=linked_best)
+
+
+def _look(storage: Storage, directory: str) -> tuple[Registry | None, str, set[str]]:
+    """The registry, what is wrong with it, and the names in the directory, all of one moment.
+
+    A writer may commit and prune between two looks: then files that the registry names seem to be gone.
+    """
+    for _ in range(_NUM_LOOKS):
+        recorded, damage = read_registry(storage, directory)
+        try:
+            names = set(storage.list_names(directory))
+        except FileNotFoundError:
+            names = set()
+        if recorded is None or all(str(info.filepath) in names for info in recorded.checkpoints):
+            if recorded is not None or REGISTRY_NAME not in names or damage:
+                break
+        elif read_registry(storage, directory)[0] == recorded:
+            break
+    return recorded, damage, names
 
 
 def read_registry(storage: Storage, directory: str) -> tuple[Registry | None, str]:
@@ -98,24 +120,33 @@ def read_registry(storage: Storage, directory: str) -> tuple[Registry | None, st
         return None, str(error)
     except RegistryError as error:
         raise RegistryError(f"{path} can't be used: {error}") from error
+    except OSError as error:
+        if error.errno not in (*_NO_FILE, errno.EFBIG):
+            raise
+        raise RegistryError(f"{path} can't be used: {error.strerror}; move it away") from error
 
 
 def describe_file(storage: Storage, path: str) -> FileDescription | None:
-    """What a checkpoint file says of itself; None for damaged files, links, and files that no manager wrote."""
+    """What a checkpoint file says of itself; None for links and the like, and for files that no manager wrote.
+
+    Raises `CorruptCheckpointError` for a damaged file, and OSError for one that can't be read.
+    """
     try:
         with storage.open(path, follow_links=False) as reader:
             return read_description(read_metadata(reader), reader.num_bytes)
-    except OSError:
+    except CorruptCheckpointError as error:
+        raise CorruptCheckpointError(f"{path} is damaged: {error}") from error
+    except OSError as error:
+        if error.errno not in (*_NO_FILE, errno.ENOENT):
+            raise
         return None
 
 
-def _is_file(storage: Storage, path: str) -> bool:
-    """Not so for links, directories and devices, which no writer of ours has put there."""
+def _describe_link(storage: Storage, directory: str) -> FileDescription | None:
     try:
-        storage.open(path, follow_links=False).close()
-    except OSError as error:
-        return error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENOENT)
-    return True
+        return describe_file(storage, os.path.join(directory, BEST_NAME))
+    except (CorruptCheckpointError, OSError):
+        return None  # it will be renewed
 
 
 def _reconcile(
@@ -127,18 +158,30 @@ def _reconcile(
     unrecorded: list[CheckpointInfo] = []
     strangers: list[str] = []
 
-    def is_ours(name: str, description: FileDescription | None) -> bool:
-        return description is not None and description.run_id == recorded.run_id and description.name == name
+    def is_ours(name: str, description: FileDescription) -> bool:
+        return description.run_id == recorded.run_id and description.name == name
 
     for info in recorded.checkpoints:
         name = str(info.filepath)
-        if name in files:
-            description = describe(name) if every_file else None
-            if description is not None and is_ours(name, description) and _is_later(description.info, info):
-                unrecorded.append(description.info)  # the name was committed again, and the registry not written
-            else:
-                present.append(info)
-        elif best_link and best_link.run_id == recorded.run_id and best_link.info.sequence == info.sequence:
+        description = None
+        is_there = name in files
+        if is_there and every_file:
+            try:
+                description = describe(name)
+                is_there = description is not None and is_ours(name, description)
+            except CorruptCheckpointError:
+                pass  # still listed: nothing is deleted because of it
+            strangers += [name] * (not is_there)
+        if is_there and description is not None and _is_later(description.info, info):
+            unrecorded.append(description.info)  # the name was committed again, and the registry not written
+        elif is_there:
+            present.append(info)
+        elif (
+            best_link
+            and best_link.run_id == recorded.run_id
+            and best_link.info.sequence == info.sequence
+            and name not in files
+        ):
             restorable.append(info)
         else:
             gone.append(info)
@@ -146,7 +189,10 @@ def _reconcile(
     pending = {drop.name: drop for drop in recorded.pending_deletes}
     deletable: list[PendingDelete] = []
     for name in sorted(files - {str(info.filepath) for info in recorded.checkpoints}):
-        description = describe(name)
+        try:
+            description = describe(name)
+        except (CorruptCheckpointError, PermissionError):
+            description = None
         if description is not None and is_ours(name, description):
             if (description.info.sequence or 0) > recorded.last_sequence:
                 unrecorded.append(description.info)
@@ -172,26 +218,34 @@ def _is_later(info: CheckpointInfo, than: CheckpointInfo) -> bool:
 
 def _rebuild(files: set[str], best_link: FileDescription | None, describe: Describe, damage: str) -> Survey:
     """Without a registry: the run of the newest file, all of whose files are protected from retention."""
-    described = {name: description for name in sorted(files) if (description := describe(name))}
-    own = [description for name, description in described.items() if description.name == name]
-    restorable: list[CheckpointInfo] = []
+    own: list[FileDescription] = []
+    torn: list[str] = []
+    for name in sorted(files):
+        try:
+            description = describe(name)
+        except CorruptCheckpointError:
+            torn.append(name)
+        else:
+            own += [description] if description is not None and description.name == name else []
     newest = max(own, key=lambda description: description.created, default=best_link)
     if newest is None:
-        fresh = Registry(secrets.token_hex(8), "val_loss", "min")
-        return Survey(fresh, None, damage=damage, strangers=tuple(sorted(files)))
-    found = {d.info.sequence: d.info for d in own if d.run_id == newest.run_id}
+        registry = Registry(secrets.token_hex(8), "val_loss", "min")
+        return Survey(registry, None, damage=damage, strangers=tuple(sorted(files)), torn=tuple(torn))
+    of_run = sorted((d for d in own if d.run_id == newest.run_id), key=lambda description: description.created)
+    found = {description.info.sequence: replace(description.info, protected=True) for description in of_run}
+    restorable: list[CheckpointInfo] = []
     if best_link and best_link.run_id == newest.run_id and best_link.info.sequence not in found:
         is_free = best_link.name not in files and is_checkpoint_name(best_link.name)
         restorable += [replace(best_link.info, protected=True)] if is_free else []
-    infos = [replace(info, protected=True) for info in found.values()]
     registry = Registry(newest.run_id, newest.monitor_metric, newest.monitor_mode)
     return Survey(
-        registry.with_checkpoints([*infos, *restorable]),
+        registry.with_checkpoints([*found.values(), *restorable]),
         recorded=None,
         damage=damage,
-        unrecorded=tuple(infos),
+        unrecorded=tuple(found.values()),
         restorable=tuple(restorable),
-        strangers=tuple(sorted(files - {str(info.filepath) for info in infos})),
+        strangers=tuple(sorted(files - {str(info.filepath) for info in found.values()})),
+        torn=tuple(torn),
     )
 
 

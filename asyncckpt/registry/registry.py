@@ -23,7 +23,7 @@ MAX_REGISTRY_BYTES = 64 << 20
 
 # JSON has no NaN and no infinities: they are written as these strings.
 _Number = float | Literal["NaN", "Infinity", "-Infinity"]
-_Natural = Annotated[int, msgspec.Meta(ge=0)]
+_Natural = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 _Sequence = Annotated[int, msgspec.Meta(ge=1, lt=2**62)]
 _RunId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
 _Mode = Literal["min", "max"]
@@ -72,7 +72,7 @@ class Registry:
         best: CheckpointInfo | None = None
         for info in ordered:
             best_score = None if best is None else best.metric(self.monitor_metric)
-            if is_better(info.metric(self.monitor_metric), best_score, self.monitor_mode):
+            if not info.damaged and is_better(info.metric(self.monitor_metric), best_score, self.monitor_mode):
                 best = info
         marked = tuple(
             info if info.is_best == (info is best) else replace(info, is_best=info is best) for info in ordered
@@ -96,6 +96,13 @@ class Registry:
         pending = tuple(PendingDelete(str(info.filepath), _sequence(info)) for info in dropped)
         return replace(self, pending_deletes=(*self.pending_deletes, *pending)).with_checkpoints(
             info for info in self.checkpoints if info.sequence in kept
+        )
+
+    def with_damaged(self, sequences: Iterable[int]) -> Registry:
+        """With these known to be damaged: none of them is the best."""
+        known = set(sequences)
+        return self.with_checkpoints(
+            replace(info, damaged=True) if info.sequence in known else info for info in self.checkpoints
         )
 
     def deleted(self, pending: Iterable[PendingDelete]) -> Registry:

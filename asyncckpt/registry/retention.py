@@ -145,10 +145,16 @@ class KeepEvery(RetentionPolicy):
 
 
 def retained(policy: RetentionPolicy, checkpoints: Sequence[CheckpointInfo]) -> frozenset[int]:
-    """The sequence numbers that a directory keeps: the policy's choice, the newest, the best and protected ones."""
-    always = {_sequence(info) for info in checkpoints if info.is_best or info.protected}
-    newest = max(map(_sequence, checkpoints), default=None)
-    return policy.kept(checkpoints) | always | ({newest} if newest is not None else set())
+    """The sequence numbers that a directory keeps: the policy's choice, the newest, the best and protected ones.
+
+    Damaged ones take nobody's place: the policy chooses among the others, and they go when all that is older has gone.
+    """
+    whole = [info for info in checkpoints if not info.damaged]
+    newest = max(map(_sequence, whole), default=None)
+    kept = set(policy.kept(whole)) | {_sequence(info) for info in whole if info.is_best or info.protected}
+    kept |= {newest} if newest is not None else set()
+    oldest = min(kept, default=0)
+    return frozenset(kept | {_sequence(info) for info in checkpoints if info.damaged and _sequence(info) > oldest})
 
 
 def _parts(policy: RetentionPolicy) -> tuple[RetentionPolicy, ...]:

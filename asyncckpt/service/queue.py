@@ -91,6 +91,10 @@ class SaveQueue:
             self._workers.put(self._process_next)  # if it had been put, one of the two finds nothing to do
             raise
 
+    def run(self, action: Callable[[], object]) -> None:
+        """Run `action` on a worker, after the saves before it have been begun. Does not wait."""
+        self._workers.put(action)
+
     def hurry(self) -> None:
         """No more pauses between retries."""
         self._hurry.set()

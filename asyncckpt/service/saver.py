@@ -10,10 +10,11 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from types import TracebackType
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import torch
 
@@ -34,6 +35,8 @@ from asyncckpt.service.queue import Emit, SaveQueue, Submission
 from asyncckpt.storage.local import LocalStorage
 from asyncckpt.threads import ThreadGroup, log_quietly
 from asyncckpt.version import __version__
+
+T = TypeVar("T")
 
 logger = logging.getLogger("asyncckpt")
 
@@ -149,6 +152,7 @@ class AsyncCheckpointSaver:
 
         self._lock = threading.RLock()  # guards what follows; reentrant, since signal handlers may save
         self._in_flight: dict[SaveHandle, None] = {}
+        self._when_idle: list[Callable[[], object]] = []
         self._unseen_failures: list[SaveHandle] = []
         self._num_consecutive_failures = 0
         self._closed = False
@@ -258,15 +262,13 @@ class AsyncCheckpointSaver:
     def close(self, timeout: float | None = None) -> None:
         """Take no more saves, wait until all are durable and all callbacks have run, and give threads and memory back.
 
-        Blocks up to `timeout` seconds. Raises as `wait` does. Closing again does nothing; in a forked child it does
-        nothing at all.
+        Blocks up to `timeout` seconds. Raises as `wait` does. May be called again, from any thread, and then waits
+        again for what is still in flight; in a forked child it does nothing.
         """
         if os.getpid() != self._pid:
             return
         self._check_not_in_callback("close")
         with self._lock:
-            if self._closed:
-                return
             self._closed = True
         deadline = None if timeout is None else time.monotonic() + timeout
         self._queue.hurry()
@@ -277,6 +279,38 @@ class AsyncCheckpointSaver:
                 group.stop()
                 group.join(_remaining(deadline))
             self._snapshots.close()
+
+    def run_on_worker(self, action: Callable[[], T]) -> T:
+        """The manager's: run `action` where saves are written, and wait for it.
+
+        Not on the calling thread, so that a signal handler that interrupts the wait may still save.
+        """
+        self.check_open()
+        outcome: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(action())
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        self._queue.run(run)
+        return outcome.result()
+
+    def wait_idle(self) -> None:
+        """The manager's: wait until nothing is in flight, whatever became of it."""
+        with self._lock:
+            handles = list(self._in_flight)
+        for handle in handles:
+            handle.wait_over()
+
+    def call_when_idle(self, action: Callable[[], object]) -> None:
+        """The manager's: call `action` once nothing is in flight any more, at once if that is so."""
+        with self._lock:
+            if self._in_flight:
+                self._when_idle.append(action)
+                return
+        action()
 
     def __enter__(self) -> AsyncCheckpointSaver:
         return self
@@ -409,6 +443,10 @@ class AsyncCheckpointSaver:
         with self._lock:
             handle.mark_over()
             self._in_flight.pop(handle, None)
+            when_idle = [] if self._in_flight else self._when_idle
+            self._when_idle = self._when_idle if self._in_flight else []
+        for action in when_idle:
+            action()
 
     def _skip(self, handle: SaveHandle) -> SaveHandle:
         handle.skip()
@@ -429,13 +467,19 @@ class AsyncCheckpointSaver:
 
     # --- guards ---
 
+    def check_open(self) -> None:
+        """Raise `SaverClosedError` if it is closed, or another process's."""
+        self._check_owner()
+        with self._lock:
+            if self._closed:
+                raise SaverClosedError("this saver is closed; make another one")
+
     def check_usable(self) -> None:
         """Raise what `save` would raise before it looks at anything."""
         self._check_owner()
         self._check_not_in_callback("save")
+        self.check_open()
         with self._lock:
-            if self._closed:
-                raise SaverClosedError("this saver is closed; make another one")
             if self._num_consecutive_failures >= self._max_consecutive_failures:
                 # One more is let through next time: the cause may be gone by then.
                 self._num_consecutive_failures = self._max_consecutive_failures - 1

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 from asyncckpt.errors import CheckpointError, CheckpointWriteError, CorruptCheckpointError
@@ -42,6 +43,7 @@ class Job:
     hurry: threading.Event
     timings: Timings
     listing: Listing | None = None
+    is_committed: bool = False
 
 
 def write_checkpoint(job: Job, writers: ThreadGroup) -> CheckpointInfo:
@@ -51,24 +53,12 @@ def write_checkpoint(job: Job, writers: ThreadGroup) -> CheckpointInfo:
     that descriptor would report success), and writes a new one, up to `job.retries` times. Raises
     `CheckpointWriteError`; what was at the path before is untouched then, unless only the registry was not written.
     """
-    info = _retrying(job, "was not saved", _write_once, job, writers)
-    if job.listing is None:
-        return info
-    directory, listed = job.listing.directory, replace(job.listing.info, num_bytes=info.num_bytes)
-    started = time.perf_counter()
-    recorded = _retrying(job, "is whole, but could not be listed in the registry", directory.record, listed)
-    job.timings.commit_secs += time.perf_counter() - started
-    return directory.locate(recorded)
-
-
-def _retrying(job: Job, what_failed: str, action: Callable[..., CheckpointInfo], *args: object) -> CheckpointInfo:
-    """`action` is no closure: the frame of one keeps the image alive in the error's traceback, cleared or not."""
     for attempt in range(job.retries + 1):
         try:
-            return action(*args)
+            return _write_once(job, writers)
         except OSError as error:
             if attempt == job.retries or error.errno not in _PASSING_ERRORS or isinstance(error, CheckpointError):
-                raise _describe(job, error, what_failed) from error
+                raise _describe(job, error) from error
             job.on_retry(error)
             forget_frames(error)
             job.hurry.wait(_FIRST_PAUSE_SECS * 2**attempt)
@@ -91,14 +81,29 @@ def _write_once(job: Job, writers: ThreadGroup) -> CheckpointInfo:
         synced = time.perf_counter()
         timings.sync_secs = synced - written
         job.before_commit()
-        upload.commit()
+        info = _commit(job, upload)
         timings.commit_secs = time.perf_counter() - synced
         writers.put(upload.close)
     except BaseException:
         upload.abort()
         raise
-    timestamp = datetime.now(timezone.utc).isoformat()
-    return CheckpointInfo(Path(job.path), num_bytes=job.source.num_bytes, timestamp=timestamp)
+    return info
+
+
+def _commit(job: Job, upload: Upload) -> CheckpointInfo:
+    job.is_committed = False
+    if job.listing is None:
+        _commit_upload(job, upload)
+        timestamp = datetime.now(timezone.utc).isoformat()
+        return CheckpointInfo(Path(job.path), num_bytes=job.source.num_bytes, timestamp=timestamp)
+    directory, info = job.listing.directory, replace(job.listing.info, num_bytes=job.source.num_bytes)
+    # No closure: in the frames of an error's traceback, cleared or not, it would keep the image alive.
+    return directory.locate(directory.record(info, partial(_commit_upload, job, upload)))
+
+
+def _commit_upload(job: Job, upload: Upload) -> None:
+    upload.commit()
+    job.is_committed = True
 
 
 def _write_window(upload: Upload, window: Iterator[Piece], writers: ThreadGroup) -> None:
@@ -128,7 +133,8 @@ def _read_back(path: str, upload: Upload) -> None:
         raise CorruptCheckpointError(f"{path}: what was written does not read back: {report.problems[0]}")
 
 
-def _describe(job: Job, error: OSError, what_failed: str) -> CheckpointWriteError:
+def _describe(job: Job, error: OSError) -> CheckpointWriteError:
+    what_failed = "is whole, but could not be listed in the registry" if job.is_committed else "was not saved"
     reason = error.strerror or str(error)
     hint = _HINTS.get(error.errno or 0, "")
     return CheckpointWriteError(f"{job.path} {what_failed}: {reason}{hint}", errno=error.errno)
