@@ -178,6 +178,7 @@ class CheckpointManager:
             StorageBusyError: somebody else writes to the directory.
             And what `AsyncCheckpointSaver.save` raises.
         """
+        self._saver.check_not_in_callback("save")
         ranks = Ranks()
         handle: SaveHandle | None = None
 
@@ -313,6 +314,7 @@ class CheckpointManager:
         Call it once a step: the time between calls tells how much slower steps are while a checkpoint is written. Takes
         microseconds; in a distributed run a time-based policy asks rank 0, which every rank waits for.
         """
+        self._saver.check_not_in_callback("should_save")
         policy = self._save_policy
         if policy is None:
             return step != self._last_step
@@ -593,6 +595,7 @@ class CheckpointManager:
 
         In a distributed run it is a barrier of all ranks. See `AsyncCheckpointSaver.wait`.
         """
+        self._saver.check_not_in_callback("wait")
         Ranks().on_first(lambda: self._saver.wait(timeout))
 
     def close(self, timeout: float | None = None) -> None:

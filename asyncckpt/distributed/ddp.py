@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
 from asyncckpt.distributed.ranks import Ranks
+from asyncckpt.errors import CheckpointError
 from asyncckpt.image.load import load
 from asyncckpt.service.default import save
 from asyncckpt.state.capture import as_int, unwrap
@@ -23,11 +25,18 @@ def save_distributed_checkpoint(
     """Save model (without DDP's or torch.compile's wrapper) and optimizer from rank 0; every rank calls it.
 
     Blocks until the file is durable, on every rank. `rank` is this process's rank; None asks torch.distributed. Raises
-    on every rank what `asyncckpt.save` raised on rank 0. `CheckpointManager` saves in the background, and more.
+    on every rank what `asyncckpt.save` raised on rank 0, and `ValueError` if any rank gave a `rank` that is not its
+    own. `CheckpointManager` saves in the background, and more.
     """
     ranks = Ranks()
 
-    def save_here() -> None:
+    def check_rank() -> None:
+        if ranks.size > 1 and rank is not None and rank != ranks.rank:
+            raise ValueError(f"rank={rank} was given, but this is rank {ranks.rank}")
+
+    def save_here(_: list[None]) -> None:
+        if ranks.size == 1 and rank:
+            return  # without a process group, the caller's word is all there is
         checkpoint = {
             "model_state_dict": unwrap(model).state_dict(),
             "optimizer_state_dict": optimizer.state_dict(),
@@ -35,12 +44,7 @@ def save_distributed_checkpoint(
         }
         save(checkpoint, filepath).result()
 
-    if ranks.size > 1:
-        if rank is not None and rank != ranks.rank:
-            raise ValueError(f"rank={rank} was given, but this is rank {ranks.rank}")
-        ranks.on_first(save_here)
-    elif not rank:
-        save_here()
+    ranks.on_first_from_all(check_rank, save_here)
 
 
 def load_distributed_checkpoint(
@@ -51,10 +55,18 @@ def load_distributed_checkpoint(
 ) -> int:
     """Restore model (wrapped or not) and optimizer on every rank from one file; its epoch.
 
-    Blocks. Every rank reads and verifies the file; if one can't, none changes anything and every rank raises: what
-    `asyncckpt.load` raises, or a `CheckpointError` that names the failed rank.
+    Blocks. Every rank reads and verifies the file; if one can't, no rank changes anything, and all raise what
+    `asyncckpt.load` raised there. Raises `CheckpointError`, also on all, if it does not fit.
     """
-    checkpoint = Ranks().on_all(lambda: load(filepath))
-    restore_checkpoint(checkpoint, model, optimizer, device=device, restore_rng=False)
+    ranks = Ranks()
+    checkpoint = ranks.on_all(lambda: _read(filepath))
+    ranks.on_all(lambda: restore_checkpoint(checkpoint, model, optimizer, device=device, restore_rng=False))
     epoch: int = checkpoint["epoch"]
     return epoch
+
+
+def _read(filepath: str | os.PathLike[str]) -> dict[str, Any]:
+    checkpoint = load(filepath)
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {"model_state_dict", "epoch"}:
+        raise CheckpointError(f"{os.fspath(filepath)!r} is whole, but has no model_state_dict and epoch")
+    return checkpoint

@@ -247,7 +247,7 @@ class AsyncCheckpointSaver:
         callbacks.
         """
         self._check_owner()
-        self._check_not_in_callback("wait")
+        self.check_not_in_callback("wait")
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._lock:
             handles = list(self._in_flight)
@@ -267,7 +267,7 @@ class AsyncCheckpointSaver:
         """
         if os.getpid() != self._pid:
             return
-        self._check_not_in_callback("close")
+        self.check_not_in_callback("close")
         with self._lock:
             self._closed = True
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -477,7 +477,7 @@ class AsyncCheckpointSaver:
     def check_usable(self) -> None:
         """Raise what `save` would raise before it looks at anything."""
         self._check_owner()
-        self._check_not_in_callback("save")
+        self.check_not_in_callback("save")
         self.check_open()
         with self._lock:
             if self._num_consecutive_failures >= self._max_consecutive_failures:
@@ -496,7 +496,8 @@ class AsyncCheckpointSaver:
                 f"this saver belongs to process {self._pid}, which forked this one; make another one"
             )
 
-    def _check_not_in_callback(self, name: str) -> None:
+    def check_not_in_callback(self, name: str) -> None:
+        """Raise if this is the thread that runs callbacks."""
         if self._callbacks.contains_current_thread():
             raise RuntimeError(f"{name}() inside a callback would wait for itself; hand the work to another thread")
 
