@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import torch
 
 from asyncckpt.distributed.ranks import OtherRankError, Ranks
+from asyncckpt.distributed.sharding import check_replicated
 from asyncckpt.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -175,6 +176,7 @@ class CheckpointManager:
         Raises:
             MetricNotFoundError: metrics were given, but not the monitored one.
             UnsafeCheckpointError: a safe load would refuse something; the message names it (`config.optimizer_cls`).
+            UnsupportedStateError: the model is sharded over the ranks, or something can't be saved.
             StorageBusyError: somebody else writes to the directory.
             And what `AsyncCheckpointSaver.save` raises.
         """
@@ -184,6 +186,7 @@ class CheckpointManager:
 
         def capture_own() -> dict[str, Any]:
             _check_names(stateful, rank_stateful)
+            check_replicated(model)
             return {
                 "rng_states": capture_rng_states() if self.save_rng else None,
                 "stateful": capture_stateful(rank_stateful or {}),

@@ -25,7 +25,7 @@ LAYERS = [
     "state.capture",
     "state.stateful",
     "state.rng",
-    "distributed.ranks",
+    "distributed.ranks distributed.sharding",
     "service.default",
     "service.saver",
     "service.queue",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from asyncckpt.distributed.ranks import Ranks
+from asyncckpt.distributed.sharding import check_replicated
 from asyncckpt.errors import CheckpointError
 from asyncckpt.image.load import load
 from asyncckpt.service.default import save
@@ -25,14 +26,15 @@ def save_distributed_checkpoint(
     """Save model (without DDP's or torch.compile's wrapper) and optimizer from rank 0; every rank calls it.
 
     Blocks until the file is durable, on every rank. `rank` is this process's rank; None asks torch.distributed. Raises
-    on every rank what `asyncckpt.save` raised on rank 0, and `ValueError` if any rank gave a `rank` that is not its
-    own. `CheckpointManager` saves in the background, and more.
+    on every rank what `asyncckpt.save` raised on rank 0, `ValueError` if any rank gave a `rank` that is not its own,
+    and `UnsupportedStateError` for a sharded model. `CheckpointManager` saves in the background, and more.
     """
     ranks = Ranks()
 
-    def check_rank() -> None:
+    def check() -> None:
         if ranks.size > 1 and rank is not None and rank != ranks.rank:
             raise ValueError(f"rank={rank} was given, but this is rank {ranks.rank}")
+        check_replicated(model)
 
     def save_here(_: list[None]) -> None:
         if ranks.size == 1 and rank:
@@ -44,7 +46,7 @@ def save_distributed_checkpoint(
         }
         save(checkpoint, filepath).result()
 
-    ranks.on_first_from_all(check_rank, save_here)
+    ranks.on_first_from_all(check, save_here)
 
 
 def load_distributed_checkpoint(

@@ -61,14 +61,27 @@ def create_checkpoint(
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, without DistributedDataParallel, DataParallel and torch.compile around it."""
+    """The model itself, without what is around it, in any order.
+
+    That is DistributedDataParallel, DataParallel, torch.compile, and any other module that has nothing of its own but
+    one child by the name of `module`.
+    """
     while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        inner: Any
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or _is_wrapper(model):
             inner = model.module
+        else:
+            inner = getattr(model, "_orig_mod", None)  # torch.compile's
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def _is_wrapper(model: nn.Module) -> bool:
+    # An averaged model (torch.optim.swa_utils) has a child `module` too, and a counter that belongs in the checkpoint.
+    has_own_state = bool(model._parameters or model._buffers)
+    has_own_state |= type(model).get_extra_state is not nn.Module.get_extra_state
+    return [name for name, _ in model.named_children()] == ["module"] and not has_own_state
 
 
 def as_int(name: str, value: Any) -> int:
@@ -88,6 +101,7 @@ def as_float(name: str, value: Any) -> float:
 
 
 def _plain(name: str, value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.numel() != 1:
-        raise TypeError(f"{name} must be one number, not a tensor of {value.numel()}")
+    num_items = value.numel() if isinstance(value, torch.Tensor) else getattr(value, "size", 1)
+    if num_items != 1:
+        raise TypeError(f"{name} must be one number, not {num_items}")
     return value.item() if hasattr(value, "item") else value

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
 from torch import distributed
 from torch.utils.data import DataLoader, Sampler
+
+from asyncckpt.state.capture import as_int
 
 _FIXED = ("length", "batch_size", "shuffle", "drop_last")
 
@@ -45,23 +48,25 @@ class ResumableSampler(Sampler[list[int]]):
         num_replicas: int | None = None,
     ) -> None:
         is_distributed = distributed.is_available() and distributed.is_initialized()
-        self.length = dataset if isinstance(dataset, int) else len(dataset)
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.drop_last = drop_last
-        self.seed = seed
-        self.rank = rank if rank is not None else distributed.get_rank() if is_distributed else 0
-        self.num_replicas = (
-            num_replicas if num_replicas is not None else distributed.get_world_size() if is_distributed else 1
-        )
-        if batch_size < 1 or not 0 <= self.rank < self.num_replicas:
+        self.length = as_int("dataset", dataset) if isinstance(dataset, (int, numbers.Integral)) else len(dataset)
+        self.batch_size = as_int("batch_size", batch_size)
+        self.shuffle = bool(shuffle)  # NumPy's would make the state one that safe loads refuse
+        self.drop_last = bool(drop_last)
+        self.seed = as_int("seed", seed)
+        if rank is None:
+            rank = distributed.get_rank() if is_distributed else 0
+        if num_replicas is None:
+            num_replicas = distributed.get_world_size() if is_distributed else 1
+        self.rank, self.num_replicas = as_int("rank", rank), as_int("num_replicas", num_replicas)
+        if self.batch_size < 1 or not 0 <= self.rank < self.num_replicas:
             raise ValueError(
                 f"batch_size={batch_size}, rank={self.rank}, num_replicas={self.num_replicas} make no sense"
             )
-        if len(self) < 1:
+        if self.length < 1 or len(self) < 1:
             raise ValueError(f"{self.length} items do not make a single batch of {batch_size} on every rank")
         self._epoch = 0
         self._num_consumed = 0
+        self._turn = object()  # of the loop that counts; only the last one that was started may
 
     @property
     def epoch(self) -> int:
@@ -87,21 +92,31 @@ class ResumableSampler(Sampler[list[int]]):
     def batches(self, loader: DataLoader[Any]) -> Iterator[Any]:
         """The rest of this epoch's batches from `loader`; each counts as consumed when the loop gets it.
 
+        Raises ValueError at once if the loader's batch_sampler is another one. Only one loop counts at a time: once
+        another one was started, or another position loaded, going on with this one raises RuntimeError.
+
         After the last one the next epoch begins. A loop that is left early goes on from there. If the checkpoint was
         saved after an epoch's last batch, the rest is empty, and what follows an epoch (validation, say) is done.
 
         Starting a loader draws a seed for its workers from torch's global generator. Here that seed comes from `seed`,
-        epoch and position, and the global generator stays as it was, so that resuming does not shift it. Randomness
-        inside workers is thereby another one after a resume in mid-epoch, unless the data set seeds it by the index.
+        epoch, rank and the position where the loop started, and the global generator stays as it was, so that resuming
+        does not shift it. Randomness inside workers (augmentation) is thereby another one after a resume in mid-epoch,
+        unless the data set seeds it by the index.
         """
         if loader.batch_sampler is not self:
             raise ValueError(
                 "the loader has another batch_sampler: make it by DataLoader(dataset, batch_sampler=sampler)"
             )
+        return self._count(loader)
+
+    def _count(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        turn = self._turn = object()
         if self._num_consumed < len(self):
             for batch in self._start(loader):
+                self._check_turn(turn)
                 self._num_consumed += 1
                 yield batch
+            self._check_turn(turn)
         self._epoch += 1
         self._num_consumed = 0
 
@@ -112,7 +127,13 @@ class ResumableSampler(Sampler[list[int]]):
         return {**position, "seed": self.seed, "num_replicas": self.num_replicas, **fixed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a position. Raises ValueError if it is one in other data, or in other batches."""
+        """Go to a position. Raises ValueError if it is one in other data, or in other batches; then nothing changes.
+
+        `num_replicas` may differ between epochs, not within one.
+        """
+        missing = [name for name in self.state_dict() if name not in state]
+        if missing:
+            raise ValueError(f"this is no position of a sampler: it has no {', '.join(missing)}")
         differing = [name for name in _FIXED if state[name] != getattr(self, name)]
         if state["num_consumed"] and state["num_replicas"] != self.num_replicas:
             differing.append("num_replicas")
@@ -121,8 +142,13 @@ class ResumableSampler(Sampler[list[int]]):
                 "the position is of another sampler: "
                 + ", ".join(f"{name} was {state[name]} and is {getattr(self, name)}" for name in differing)
             )
+        if state["epoch"] < 0 or not 0 <= state["num_consumed"] <= len(self):
+            raise ValueError(
+                f"there is no such position: batch {state['num_consumed']} of {len(self)} in epoch {state['epoch']}"
+            )
         self.seed = int(state["seed"])
         self._epoch, self._num_consumed = int(state["epoch"]), int(state["num_consumed"])
+        self._turn = object()
 
     def _num_own_items(self) -> int:
         return self.length // self.num_replicas if self.drop_last else -(-self.length // self.num_replicas)
@@ -137,17 +163,24 @@ class ResumableSampler(Sampler[list[int]]):
         num_items = self._num_own_items() * self.num_replicas
         return order[torch.arange(self.rank, num_items, self.num_replicas) % self.length]
 
+    def _check_turn(self, turn: object) -> None:
+        if turn is not self._turn:
+            raise RuntimeError(
+                "another loop over batches() was started, or another position loaded, since this one: its batches "
+                "would be counted as the other's; start a new one"
+            )
+
     def _start(self, loader: DataLoader[Any]) -> Iterable[Any]:
         generators = [torch.default_generator] + ([loader.generator] if loader.generator is not None else [])
         states = [generator.get_state() for generator in generators]
         try:
             for generator in generators:
-                generator.manual_seed(self._mixed_seed(1 + self._num_consumed))
+                generator.manual_seed(self._mixed_seed(1 + self._num_consumed * self.num_replicas + self.rank))
             return iter(loader)
         finally:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
 
     def _mixed_seed(self, purpose: int) -> int:
-        """One number from seed, epoch and purpose; no two of a run are the same."""
+        """One number from seed, epoch and purpose. Odd factors: torch's CPU generator only takes the lower 32 bits."""
         return (self.seed * 0x9E3779B97F4A7C15 + self._epoch * 0xBF58476D1CE4E5B9 + purpose) % 2**63
