@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import operator
 import os
 import statistics
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -19,29 +17,20 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 
-from asyncckpt.distributed.ranks import OtherRankError, Ranks
+from asyncckpt.distributed.ranks import Ranks
 from asyncckpt.distributed.sharding import check_replicated
-from asyncckpt.errors import (
-    CheckpointError,
-    CheckpointNotFoundError,
-    CorruptCheckpointError,
-    MetricNotFoundError,
-)
-from asyncckpt.image.file import open_checkpoint, verify
-from asyncckpt.image.load import load_reader
-from asyncckpt.image.verify import read_metadata
+from asyncckpt.errors import CheckpointError, MetricNotFoundError
+from asyncckpt.image.file import verify
 from asyncckpt.naming import BEST_NAME, checkpoint_name
 from asyncckpt.overhead import OverheadMeter
 from asyncckpt.policies import Progress, SavePolicy
 from asyncckpt.records import CheckpointInfo, Timings, VerifyReport, is_better
 from asyncckpt.registry.directory import CheckpointDirectory, Listing
-from asyncckpt.registry.recovery import Survey, file_of
-from asyncckpt.registry.registry import FileDescription, read_description
 from asyncckpt.registry.retention import KeepLast, RetentionPolicy
+from asyncckpt.resume import Resume, Target, check_names
 from asyncckpt.service.handle import SaveHandle
 from asyncckpt.service.saver import AsyncCheckpointSaver
 from asyncckpt.state.capture import as_float, as_int, create_checkpoint, unwrap
-from asyncckpt.state.restore import restore_checkpoint
 from asyncckpt.state.rng import capture_rng_states
 from asyncckpt.state.stateful import capture_stateful
 from asyncckpt.storage.local import LocalStorage
@@ -53,9 +42,6 @@ if TYPE_CHECKING:
     from asyncckpt.service.saver import SaverOptions
 
 _NUM_RECENT_SAVES = 5
-_NUM_LOOKS = 3  # at a directory that another process prunes meanwhile
-# The disk's word that this file can't be read; what else fails is no reason to take an older checkpoint.
-_UNREADABLE = frozenset({errno.EIO, errno.ESTALE, errno.ELOOP, errno.ENODATA, errno.EBADMSG})
 
 
 class CheckpointManager:
@@ -128,6 +114,7 @@ class CheckpointManager:
             lock_timeout_secs=lock_timeout_secs,
             report=self._saver.emit,
         )
+        self._resume = Resume(self._directory, self._saver.emit, weights_only=weights_only)
         self._saving = threading.RLock()  # guards what follows; reentrant, since signal handlers may save
         self._in_flight: list[tuple[SaveHandle, CheckpointInfo]] = []
         self._recent_timings: deque[Timings] = deque(maxlen=_NUM_RECENT_SAVES)
@@ -185,7 +172,7 @@ class CheckpointManager:
         handle: SaveHandle | None = None
 
         def capture_own() -> dict[str, Any]:
-            _check_names(stateful, rank_stateful)
+            check_names(stateful, rank_stateful)
             check_replicated(model)
             return {
                 "rng_states": capture_rng_states() if self.save_rng else None,
@@ -384,10 +371,8 @@ class CheckpointManager:
             CheckpointError: the checkpoint does not fit what it is to be restored into; nothing was changed.
             UnsafeCheckpointError: it would run code.
         """
-        request = _Restore(
-            model, optimizer, scheduler, device, stateful, rank_stateful, strict, restore_rng, weights_only
-        )
-        return self._restore_first(self._newest_first, request, "checkpoint")
+        target = Target(model, optimizer, scheduler, device, stateful, rank_stateful, strict, restore_rng, weights_only)
+        return self._resumed(self._resume.latest(target))
 
     def load_best(
         self,
@@ -406,10 +391,8 @@ class CheckpointManager:
 
         A damaged best checkpoint is an error: no other is the best.
         """
-        request = _Restore(
-            model, optimizer, scheduler, device, stateful, rank_stateful, strict, restore_rng, weights_only
-        )
-        return self._restore_first(self._best_first, request, "best checkpoint")
+        target = Target(model, optimizer, scheduler, device, stateful, rank_stateful, strict, restore_rng, weights_only)
+        return self._resumed(self._resume.best(target))
 
     def load(
         self,
@@ -429,102 +412,12 @@ class CheckpointManager:
 
         As `load_latest`, but without falling back. Raises `CheckpointNotFoundError` if there is no such checkpoint.
         """
-        request = _Restore(
-            model, optimizer, scheduler, device, stateful, rank_stateful, strict, restore_rng, weights_only
-        )
-        path = Ranks().on_first(lambda: self._find(checkpoint))
-        try:
-            return self._restore(path, request)
-        except _Unreadable as error:
-            raise error.met from error.met.__cause__
+        target = Target(model, optimizer, scheduler, device, stateful, rank_stateful, strict, restore_rng, weights_only)
+        return self._resumed(self._resume.one(checkpoint, target))
 
-    def _find(self, checkpoint: SupportsIndex | str | os.PathLike[str]) -> str:
-        if isinstance(checkpoint, SupportsIndex):
-            step = operator.index(checkpoint)
-            found = self._directory.read()
-            infos = [info for info in found.registry.checkpoints if info.global_step == step]
-            if infos:
-                return self._directory.path_of(str(file_of(found, infos[-1])))
-            steps = ", ".join(str(info.global_step) for info in found.registry.checkpoints) or "none"
-            raise CheckpointNotFoundError(f"{self.checkpoint_dir} has no checkpoint of step {step}; it has {steps}")
-        name = os.fspath(checkpoint)
-        in_directory = self.checkpoint_dir / name
-        is_bare = os.path.basename(name) == name
-        return str(in_directory) if is_bare and in_directory.exists() else os.path.abspath(name)
-
-    def _restore_first(
-        self, choose: Callable[[Survey], list[_Candidate]], request: _Restore, what: str
-    ) -> tuple[int, dict[str, Any]]:
-        """The first of the chosen files that every rank can read."""
-        ranks = Ranks()
-        error: Exception | None = None
-        for look in range(_NUM_LOOKS):
-            candidates = ranks.on_first(lambda: self._look(choose))
-            if not candidates:
-                log_quietly(logging.INFO, f"{self.checkpoint_dir} has no {what} to resume from")
-                return 0, {}
-            for candidate in candidates:
-                try:
-                    return self._restore(candidate.path, request, candidate)
-                except _Unreadable as unreadable:
-                    error = unreadable.met
-                    is_last_look = look == _NUM_LOOKS - 1
-                    if not is_last_look and ranks.on_first(lambda: self._look(choose)) != candidates:
-                        break  # another process has changed the directory meanwhile
-                    self._directory.note_damaged(candidate.info)
-                    self._report_fallback(candidate.path, unreadable, is_last=candidate is candidates[-1])
-            else:
-                break
-        raise CorruptCheckpointError(
-            f"no {what} in {self.checkpoint_dir} can be read; the last error: {error}"
-        ) from error
-
-    def _look(self, choose: Callable[[Survey], list[_Candidate]]) -> list[_Candidate]:
-        """What there is to choose from. Raises `CorruptCheckpointError` if all that there was is lost."""
-        found = self._directory.read()
-        if found.lost:
-            raise CorruptCheckpointError(
-                f"{self.checkpoint_dir} had checkpoints, and none of them can be read: {', '.join(found.lost[:5])}; "
-                "bring them back, or, to start anew, use another directory or move these files and registry.json away"
-            )
-        if not found.registry.checkpoints and found.strangers:
-            log_quietly(
-                logging.WARNING,
-                f"{self.checkpoint_dir} holds {len(found.strangers)} .pt files that are not this run's, "
-                f"{found.strangers[0]} for one: they are left alone",
-            )
-        return choose(found)
-
-    def _newest_first(self, found: Survey) -> list[_Candidate]:
-        return [self._candidate(found, info) for info in reversed(found.registry.checkpoints)]
-
-    def _best_first(self, found: Survey) -> list[_Candidate]:
-        """The best one's file; then its link, which may be a copy, and whole."""
-        best = found.registry.best
-        if best is None:
-            return []
-        candidate = self._candidate(found, best)
-        link = replace(candidate, path=self._directory.path_of(BEST_NAME))
-        return [candidate, link] if found.linked_best == best.sequence and link != candidate else [candidate]
-
-    def _candidate(self, found: Survey, info: CheckpointInfo) -> _Candidate:
-        return _Candidate(self._directory.path_of(str(file_of(found, info))), found.registry.run_id, info)
-
-    def _report_fallback(self, path: str, error: Exception, *, is_last: bool) -> None:
-        log_quietly(logging.WARNING, f"{error}" if is_last else f"{error}; trying the next one")
-        self._saver.emit("fallback", path, str(error))
-
-    def _restore(self, path: str, request: _Restore, expected: _Candidate | None = None) -> tuple[int, dict[str, Any]]:
-        """Read one file on every rank, and restore it if all could; else nobody does."""
-        ranks = Ranks()
-        weights_only = self.weights_only if request.weights_only is None else request.weights_only
-        try:
-            checkpoint = ranks.on_all(lambda: _read(path, expected, weights_only=weights_only))
-        except Exception as error:
-            if _is_unreadable(error):
-                raise _Unreadable(error) from error
-            raise
-        ranks.on_all(lambda: request.restore(checkpoint, ranks))
+    def _resumed(self, checkpoint: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
+        if checkpoint is None:
+            return 0, {}
         with self._saving:
             self._newest_step = None
             self._mark_progress(checkpoint.get("global_step") or 0)
@@ -623,101 +516,8 @@ class CheckpointManager:
             self._saver.call_when_idle(self._directory.close)
 
 
-@dataclass
-class _Restore:
-    """What a load restores into, and how."""
-
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer | None
-    scheduler: Any
-    device: torch.device | str | None
-    stateful: Mapping[str, Any] | None
-    rank_stateful: Mapping[str, Any] | None
-    strict: bool
-    restore_rng: bool
-    weights_only: bool | None
-
-    def restore(self, checkpoint: dict[str, Any], ranks: Ranks) -> None:
-        """Put the checkpoint in place as this rank saved it: with its own generators' states, and what was its own."""
-        _check_names(self.stateful, self.rank_stateful)
-        objects = {**(self.stateful or {}), **(self.rank_stateful or {})}
-        rank_states = checkpoint.get("rank_states")
-        adapted = dict(checkpoint)
-        if rank_states is not None and len(rank_states) == ranks.size:
-            own = rank_states[ranks.rank]
-            adapted["rng_states"] = own["rng_states"]
-            adapted["stateful"] = {**checkpoint.get("stateful", {}), **own["stateful"]}
-        elif rank_states is not None or ranks.size > 1:
-            adapted["rng_states"] = None
-            saved = {name for state in rank_states or () for name in state["stateful"]}
-            objects = {name: thing for name, thing in objects.items() if name not in saved}
-            if ranks.is_first and (self.optimizer is not None or self.rank_stateful):  # not for weights alone
-                log_quietly(
-                    logging.WARNING,
-                    f"saved by {len(rank_states or (1,))} ranks and loaded by {ranks.size}: random number generators, "
-                    "and what ranks kept of their own, are left as they are",
-                )
-        restore_checkpoint(
-            adapted,
-            self.model,
-            self.optimizer,
-            self.scheduler,
-            self.device,
-            stateful=objects,
-            strict=self.strict,
-            restore_rng=self.restore_rng,
-        )
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A file to load, and which checkpoint of which run it should hold."""
-
-    path: str
-    run_id: str
-    info: CheckpointInfo
-
-    def check(self, description: FileDescription | None) -> None:
-        """Raise unless it is that one, or a later one that took its name meanwhile."""
-        is_ours = description is not None and description.run_id == self.run_id
-        if description is None or not is_ours or (description.info.sequence or 0) < (self.info.sequence or 0):
-            raise CorruptCheckpointError(f"{self.path} is not the checkpoint that the registry names, but another file")
-
-
-class _Unreadable(Exception):
-    """A checkpoint that can't be read, on this rank or another; `met` is what that rank met."""
-
-    def __init__(self, met: Exception) -> None:
-        cause = met.__cause__
-        super().__init__(f"rank {cause.rank}: {met}" if isinstance(cause, OtherRankError) else str(met))
-        self.met = met
-
-
-def _is_unreadable(error: Exception) -> bool:
-    if isinstance(error, (CorruptCheckpointError, CheckpointNotFoundError)):
-        return True
-    return isinstance(error, OSError) and error.errno in _UNREADABLE
-
-
-def _check_names(stateful: Mapping[str, Any] | None, rank_stateful: Mapping[str, Any] | None) -> None:
-    both = sorted((stateful or {}).keys() & (rank_stateful or {}).keys())
-    if both:
-        raise ValueError(f"{', '.join(both)} can't be both in stateful and in rank_stateful: one would be lost")
-
-
 def _run(action: Callable[[], object]) -> None:
     action()
-
-
-def _read(path: str, expected: _Candidate | None, *, weights_only: bool) -> dict[str, Any]:
-    """Load a checkpoint's file; one that the registry named must be what it says, and is not looked for by a link."""
-    with open_checkpoint(path, follow_links=expected is None) as reader:
-        checkpoint = load_reader(reader, path, weights_only=weights_only)  # which verifies it
-        if expected is not None:
-            expected.check(read_description(read_metadata(reader), reader.num_bytes))
-    if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
-        raise CheckpointError(f"{path} is whole, but not a training checkpoint: it has no model_state_dict")
-    return checkpoint
 
 
 def _local_directory(path: str | os.PathLike[str]) -> Path:

@@ -855,7 +855,7 @@ def test_pruned_under_a_reader(make: Callable[..., CheckpointManager], monkeypat
             writer.wait(60)
         return open_checkpoint(path, **options)
 
-    monkeypatch.setattr("asyncckpt.manager.open_checkpoint", prune_first)
+    monkeypatch.setattr("asyncckpt.resume.open_checkpoint", prune_first)
     assert reader.load_latest(training.model)[1]["global_step"] == 3
     assert [name.split("_")[2] for name in opened] == ["step00000002", "step00000003"]
 

@@ -15,6 +15,7 @@ from asyncckpt.image.verify import default_num_threads, verify_reader
 from asyncckpt.naming import BEST_NAME, REGISTRY_NAME, is_checkpoint_name
 from asyncckpt.records import VerifyReport
 from asyncckpt.registry.recovery import read_registry
+from asyncckpt.storage import system_calls
 from asyncckpt.storage.base import Reader
 from asyncckpt.storage.local import LocalStorage
 
@@ -105,7 +106,7 @@ def _without_second_names(paths: Sequence[str]) -> list[str]:
     kept: dict[object, str] = {}
     for path in sorted(paths, key=lambda path: os.path.basename(path) == BEST_NAME):
         try:
-            status = os.stat(path)
+            status = system_calls.stat(path)
             kept.setdefault((status.st_dev, status.st_ino), path)
         except OSError:
             kept[path] = path
@@ -126,7 +127,7 @@ def _to_file(report: VerifyReport) -> VerifiedFile:
 
 def _size_of(path: str) -> int:
     try:
-        return os.stat(path).st_size
+        return system_calls.stat(path).st_size
     except OSError:
         return 0
 

@@ -252,7 +252,7 @@ def fall_back(directory: str, blind_rank: int, kind: str) -> Any:
         digest = training.digest()
         training.advance(1).save(manager)
         manager.wait()
-        blind = mock.patch("asyncckpt.manager.open_checkpoint", _blind(kind))
+        blind = mock.patch("asyncckpt.resume.open_checkpoint", _blind(kind))
         with blind if rank() == blind_rank else nullcontext():
             fresh = Training(7)
             loaded = outcome(lambda: fresh.load(manager).step)
