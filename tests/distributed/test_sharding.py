@@ -15,9 +15,7 @@ from asyncckpt import CheckpointManager, UnsupportedStateError, save_distributed
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
     """A process group of one."""
-    distributed.init_process_group(
-        "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
 
