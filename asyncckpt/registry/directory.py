@@ -313,7 +313,7 @@ class CheckpointDirectory:
             return self._pruned(self.registry, retention)[1]
         self.open_for_writing()
         with self._writing, _explained(f"{self.path} was not pruned"):
-            pruned, dropped = self._pruned(self._own_registry(), retention)
+            pruned, dropped = self._pruned(self._own_registry().with_damaged(self._damaged), retention)
             try:
                 self._write(pruned)
             except OSError as error:

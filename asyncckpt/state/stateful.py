@@ -103,7 +103,7 @@ def cloned(value: Any, only: Set[int] | None = None) -> Any:
 
     What shares memory still does: a tensor that is there twice, and views of one storage. With `only`, just tensors in
     one of these storages (`storages_of`) are copied. On threads of our own: torch would wake an OpenMP team per tensor,
-    and with the cores busy 0.84 GB took 2 to 3 s in place of 0.2 to 0.3 (2 cores; one thread was as fast as two).
+    and with the cores busy 0.84 GB took 2.2 to 3.3 s in place of 0.35 to 0.46 (2 cores).
     """
     pairs: list[_Pair] = []
     with torch.inference_mode(False), torch.no_grad():

@@ -390,6 +390,13 @@ def test_modules_that_load_by_code_of_their_own_may_take_other_shapes(strict: bo
     assert_equal(fresh.state_dict(), saved.state_dict())
 
 
+def test_they_may_beside_what_does_not_fit() -> None:
+    """With strict=False the misfit elsewhere does not keep them from it."""
+    saved, fresh = nn.Sequential(Growing(5), nn.Linear(1, 1)), nn.Sequential(Growing(0), nn.Linear(1, 2))
+    restore_checkpoint(create_checkpoint(saved, None), fresh, strict=False)
+    assert torch.equal(fresh.state_dict()["0.seen"], torch.arange(5.0))
+
+
 def test_a_lazy_module_takes_its_shape(tmp_path: Path) -> None:
     """It has none to compare yet."""
     saved, lazy = nn.Linear(3, 2), nn.LazyLinear(2)
