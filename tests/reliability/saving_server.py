@@ -2,6 +2,9 @@
 
 Each child says `start PID`, `ack NUMBER PATH` once a save is durable, and `done` when it has made all its saves; the
 server says `end` when the child has ended, however that came. All on stdout, one line in one write.
+
+A managed child says `resumed NUMBER` once it has loaded the latest state, and `ack JSON`: the entry that a durable
+checkpoint should have in the directory.
 """
 
 from __future__ import annotations
@@ -12,12 +15,15 @@ import os
 import signal
 import sys
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
+from registry.directory_model import Entry
 from storage.seam import Call, Seam
+from torch import nn
 
-from asyncckpt import AsyncCheckpointSaver, SaveHandle
+from asyncckpt import AsyncCheckpointSaver, CheckpointManager, SaveHandle
 
 
 @dataclass
@@ -25,6 +31,7 @@ class Order:
     """Save to `paths` in turn the states `first`, `first + 1`, …; all of `num_saves`, or for ever.
 
     `kill_at`: die by SIGKILL just before this call through the seam to the file system.
+    `managed`: through a manager of the directory `paths[0]`, as it says.
     """
 
     paths: list[str]
@@ -34,6 +41,20 @@ class Order:
     kill_at: int | None = None
     num_tensors: int = 8
     numel: int = 40_000
+    managed: Managed | None = None
+
+
+@dataclass
+class Managed:
+    """Resume from the latest checkpoint, and save the states as those of the next steps, with `losses` in turn.
+
+    `rollback_every`: before every so many saves, go back to the oldest checkpoint there is.
+    """
+
+    losses: list[float | None]
+    num_kept: int
+    snapshot: Literal["copy", "overlap"] = "copy"
+    rollback_every: int | None = None
 
 
 def make_state(order: Order, number: int) -> dict[str, object]:
@@ -62,6 +83,71 @@ def save_all(order: Order) -> None:
             acknowledge(*pending.popleft())
 
 
+class Training:
+    """A model all of whose tensors are filled with the number of its state."""
+
+    def __init__(self, order: Order) -> None:
+        sizes = [order.numel + index for index in range(order.num_tensors)]
+        self.model = nn.ParameterList([nn.Parameter(torch.zeros(size)) for size in sizes])
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+        self.number = self.step = 0
+
+    def advance_to(self, number: int) -> None:
+        """By a step of the optimizer, which an overlapped save must hold up."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.full_like(parameter, float(self.number - number))
+        self.optimizer.step()
+        self.number, self.step = number, self.step + 1
+
+    def go_on_from(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint:
+            self.number, self.step = checkpoint["extra_state"]["number"], checkpoint["global_step"]
+
+    def save(self, manager: CheckpointManager, loss: float | None) -> SaveHandle:
+        handle = manager.save(
+            self.model,
+            self.optimizer,
+            epoch=self.step // 5,
+            global_step=self.step,
+            val_loss=loss,
+            extra_state={"number": self.number},
+        )
+        assert handle is not None
+        return handle
+
+
+def roll_back(manager: CheckpointManager, training: Training) -> None:
+    manager.wait(60)
+    for oldest in manager.list_checkpoints()[:1]:
+        training.go_on_from(manager.load(oldest.filepath, training.model, training.optimizer)[1])
+
+
+def manage(order: Order, managed: Managed) -> None:
+    def acknowledge(number: int, handle: SaveHandle) -> None:
+        info = handle.result(60)
+        assert info.sequence is not None
+        say("ack " + json.dumps(asdict(Entry(info.sequence, info.filepath.name, info.val_loss, number))))
+
+    training = Training(order)
+    with CheckpointManager(
+        order.paths[0], managed.num_kept, num_workers=order.num_workers, snapshot=managed.snapshot, save_rng=False
+    ) as manager:
+        training.go_on_from(manager.load_latest(training.model, training.optimizer)[1])
+        say(f"resumed {training.number}")
+        pending: deque[tuple[int, SaveHandle]] = deque()
+        number = order.first
+        while order.num_saves is None or number < order.first + order.num_saves:
+            if managed.rollback_every and number % managed.rollback_every == 0:
+                roll_back(manager, training)
+            training.advance_to(number)
+            pending.append((number, training.save(manager, managed.losses[number % len(managed.losses)])))
+            if len(pending) > 1:
+                acknowledge(*pending.popleft())
+            number += 1
+        while pending:
+            acknowledge(*pending.popleft())
+
+
 def run_child(order: Order) -> None:
     def kill_at_call(call: Call) -> None:
         if call.number == order.kill_at:
@@ -69,16 +155,25 @@ def run_child(order: Order) -> None:
 
     say(f"start {os.getpid()}")
     with Seam(kill_at_call):
-        save_all(order)
+        if order.managed is not None:
+            manage(order, order.managed)
+        else:
+            save_all(order)
     say("done")
+
+
+def read_order(fields: dict[str, Any]) -> Order:
+    managed = fields.pop("managed")
+    return Order(**fields, managed=managed and Managed(**managed))
 
 
 def main() -> None:
     torch.set_num_threads(1)  # this process forks
     logging.disable()  # of the dead whom each child sweeps
+    Training(Order([], 0)).advance_to(1)  # a first optimizer imports half of torch
     say("ready")
     for line in sys.stdin:
-        order = Order(**json.loads(line))
+        order = read_order(json.loads(line))
         pid = os.fork()
         if pid == 0:
             code = 1
