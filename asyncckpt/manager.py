@@ -25,7 +25,7 @@ from asyncckpt.naming import BEST_NAME, checkpoint_name
 from asyncckpt.overhead import OverheadMeter
 from asyncckpt.policies import Progress, SavePolicy
 from asyncckpt.records import CheckpointInfo, Timings, VerifyReport, is_better
-from asyncckpt.registry.directory import CheckpointDirectory, Listing
+from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.registry.retention import KeepLast, RetentionPolicy
 from asyncckpt.resume import Resume, Target, check_names
 from asyncckpt.service.handle import SaveHandle
@@ -250,16 +250,15 @@ class CheckpointManager:
     ) -> SaveHandle | None:
         with self._saving:
             self._saver.check_usable()
-            if not self._directory.is_open:
-                self._saver.wait_idle()  # somebody has moved or removed the directory under what is in flight
-            self._directory.open_for_writing()
+            self._open()
+            self._forget_settled()
             if self.save_best_only and not self._is_improvement(info):
                 return None
             self._note_branch(info)
-            info = self._directory.reserve(info)
+            listing = self._directory.reserve(info)
             handle = self._saver.save_listed(
                 checkpoint,
-                Listing(self._directory, info),
+                listing,
                 optimizers=[optimizer] if optimizer is not None else [],
                 modules=[unwrap(model)],
                 weights_only=self.weights_only,
@@ -270,6 +269,11 @@ class CheckpointManager:
                 self._in_flight.append((handle, info))
                 self._overhead.note_save()
             return handle
+
+    def _open(self) -> None:
+        if not self._directory.is_open:
+            self._saver.wait_idle()  # somebody may have moved or removed the directory under what is in flight
+            self._directory.open_for_writing()
 
     def _is_improvement(self, info: CheckpointInfo) -> bool:
         """On the best there is, and on those that are still being written."""
@@ -475,7 +479,7 @@ class CheckpointManager:
             dropped = self._directory.prune(retention, dry_run=True)
         else:
             self._saver.check_open()
-            self._directory.open_for_writing()
+            self._open()
             dropped = self._saver.run_on_worker(lambda: self._directory.prune(retention))
         return [self._directory.locate(info) for info in dropped]
 
@@ -502,7 +506,7 @@ class CheckpointManager:
         try:
             self._saver.close(timeout)
         finally:
-            self._saver.call_when_idle(self._directory.close)
+            self._saver.call_when_idle(self._directory.shut)
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -513,7 +517,7 @@ class CheckpointManager:
         try:
             self._saver.__exit__(kind, error, traceback)
         finally:
-            self._saver.call_when_idle(self._directory.close)
+            self._saver.call_when_idle(self._directory.shut)
 
 
 def _run(action: Callable[[], object]) -> None:

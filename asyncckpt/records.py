@@ -15,7 +15,7 @@ class CheckpointInfo:
     `epoch`, `global_step`, the losses, `val_metrics` and `sequence` are None or empty for saves that name only a path.
     `sequence` numbers the commits of a run: the newest checkpoint is the one with the highest, whatever its step.
     `timestamp` is ISO 8601, UTC. `protected` checkpoints were recovered without a registry; retention leaves them alone
-    until `prune()`. `damaged` ones turned out so when this process loaded them; they count for nothing.
+    until `prune()`. `damaged` ones turned out so when they were loaded; they count for nothing.
     """
 
     filepath: Path

@@ -725,12 +725,17 @@ def test_failures_reach_everybody(make: Callable[..., CheckpointManager], caplog
     training, manager = Training(), make(on_failure=lambda handle, error: failed.append(error))
     training.save(manager)
     manager.wait(60)
-    (manager.checkpoint_dir / f"checkpoint_epoch0001_step{5:08}_loss1.0000.pt").mkdir()
     caplog.set_level(logging.CRITICAL)
-    handle = training.save(manager, global_step=5)
-    assert handle is not None
-    handle.wait_settled(60)
-    with pytest.raises(CheckpointWriteError, match="directory"):
+
+    def fail(call: Call) -> None:
+        if call.name == "pwrite":
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    with Seam(fail):
+        handle = training.save(manager, global_step=5)
+        assert handle is not None
+        handle.wait_settled(60)
+    with pytest.raises(CheckpointWriteError, match="the quota is used up"):
         manager.wait(60)
     assert steps(manager) == [2]
     training.save(manager, global_step=6)
@@ -890,7 +895,21 @@ def lose_files(directory: Path) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("lose", [lose_registry_and_tear_files, lose_files])
+def lose_files_and_tear_registry(directory: Path) -> None:
+    lose_files(directory)
+    (directory / "registry.json").write_bytes(b'{"version": 1, "ru')
+
+
+def lose_all_but_a_torn_best_link(directory: Path) -> None:
+    lose_registry_and_tear_files(directory)
+    for path in directory.glob("checkpoint_*.pt"):
+        path.unlink()
+
+
+LOSSES = [lose_registry_and_tear_files, lose_files, lose_files_and_tear_registry, lose_all_but_a_torn_best_link]
+
+
+@pytest.mark.parametrize("lose", LOSSES)
 def test_checkpoints_that_are_lost_are_an_error(
     make: Callable[..., CheckpointManager], lose: Callable[[Path], None]
 ) -> None:
@@ -899,7 +918,7 @@ def test_checkpoints_that_are_lost_are_an_error(
     manager.close()
     lose(manager.checkpoint_dir)
     for load in (make().load_latest, make().load_best):
-        with pytest.raises(CorruptCheckpointError, match=r"had checkpoints, and none of them can be read: checkpoint_"):
+        with pytest.raises(CorruptCheckpointError, match=r"had checkpoints, and none of them can be read: \w"):
             load(training.model)
 
 
@@ -1067,3 +1086,120 @@ def test_steps_of_any_integer_type(make: Callable[..., CheckpointManager]) -> No
     training.save(manager, global_step=7)
     manager.wait(60)
     assert manager.load(numpy.int64(7), training.model)[0] == 1
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_lock_is_removed_under_what_is_in_flight(make: Callable[..., CheckpointManager], first: bool) -> None:
+    """Opened anew, before anything was recorded too: it is the same run, and what was acknowledged loads."""
+    training, manager = Training(), make()
+    if not first:
+        training.save(manager, global_step=1)
+        manager.wait(60)
+    gate = threading.Event()
+
+    def hold(call: Call) -> None:
+        if call.name == "fsync" and "step00000002" in call.path:
+            assert gate.wait(60)
+
+    with Seam(hold):
+        handle = training.save(manager, global_step=2)
+        (manager.checkpoint_dir / ".asyncckpt.lock").unlink()
+        pruner = threading.Thread(target=manager.prune)
+        pruner.start()
+        pruner.join(0.3)
+        gate.set()
+        pruner.join(60)
+        assert not pruner.is_alive()
+    assert handle is not None
+    assert handle.result(60).global_step == 2
+    training.save(manager, global_step=3)
+    manager.wait(60)
+    assert steps(make())[-2:] == [2, 3]
+    assert make().load(2, training.model)[0] == 1
+
+
+def test_closing_waits_for_a_prune(make: Callable[..., CheckpointManager]) -> None:
+    """The directory is not another's while a prune still writes."""
+    training, manager = Training(), make()
+    for step in (1, 2, 3):
+        training.save(manager, global_step=step)
+    manager.wait(60)
+    gate, reached = threading.Event(), threading.Event()
+
+    def hold(call: Call) -> None:
+        if call.name == "rename" and "registry.json" in str(call.args[1]):
+            reached.set()
+            assert gate.wait(60)
+
+    with Seam(hold):
+        pruner = threading.Thread(target=lambda: manager.prune(KeepLast(1)))
+        pruner.start()
+        assert reached.wait(60)
+        with pytest.raises(asyncckpt.WaitTimeoutError):
+            manager.close(0.05)
+        with pytest.raises(StorageBusyError):
+            training.save(make())
+        gate.set()
+        pruner.join(60)
+    manager.close(60)
+    with pytest.raises(SaverClosedError):
+        manager.prune()
+    later = make()
+    training.save(later, global_step=4)
+    later.wait(60)
+    assert steps(later) == [1, 3, 4]
+
+
+def test_damage_is_remembered(make: Callable[..., CheckpointManager]) -> None:
+    """By the next process too, which does not put a damaged file in the place of a whole best link."""
+    training, manager = Training(), make()
+    for step, loss in ((1, 0.3), (2, 0.1), (3, 0.2)):
+        training.save(manager, global_step=step, val_loss=loss)
+    manager.close()
+    (manager.checkpoint_dir / "best_model.pt").unlink()
+    damage(manager.list_checkpoints()[1].filepath)
+    second = make()
+    with pytest.raises(CorruptCheckpointError):
+        second.load_best(training.model)
+    training.save(second, global_step=4, val_loss=0.9)
+    second.close()
+    third = make()
+    assert (third.best and third.best.global_step) == 3
+    training.save(third, global_step=5, val_loss=0.9)
+    third.wait(60)
+    assert third.load_best(training.model)[1]["global_step"] == 3
+    assert asyncckpt.verify(third.checkpoint_dir / "best_model.pt").ok
+
+
+def test_a_file_that_comes_into_the_way(make: Callable[..., CheckpointManager]) -> None:
+    """Made by somebody while the directory is open: the checkpoint gets another name."""
+    training, manager = Training(), make()
+    training.save(manager, global_step=1)
+    manager.wait(60)
+    path = manager.checkpoint_dir / "checkpoint_epoch0001_step00000002_loss1.0000.pt"
+    path.write_text("mine")
+    handle = training.save(manager, global_step=2)
+    assert handle is not None
+    assert handle.result(60).filepath.name == path.name.replace(".pt", "_2.pt")
+    assert path.read_text() == "mine"
+
+
+def test_a_text_in_the_place_of_a_checkpoint_is_not_deleted(make: Callable[..., CheckpointManager]) -> None:
+    training, manager = Training(), make(max_checkpoints=1)
+    training.save(manager, global_step=1, val_loss=None)
+    manager.wait(60)
+    path = manager.list_checkpoints()[0].filepath
+    path.write_text("notes of mine")
+    training.save(manager, global_step=2, val_loss=None)
+    manager.wait(60)
+    assert path.read_text() == "notes of mine"
+    assert steps(manager) == [2]
+
+
+def test_handles_do_not_pile_up(make: Callable[..., CheckpointManager]) -> None:
+    training, manager = Training(), make()
+    for step in range(5):
+        handle = training.save(manager, global_step=step)
+        assert handle is not None
+        handle.result(60)
+    assert len(manager._in_flight) <= 1

@@ -16,7 +16,7 @@ from rich.console import Console
 from asyncckpt.cli.output import clean, format_bytes, format_count
 from asyncckpt.errors import MetricNotFoundError
 from asyncckpt.events import EventKind
-from asyncckpt.naming import BEST_NAME
+from asyncckpt.naming import BEST_NAME, is_temporary_name
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.registry.recovery import Survey, survey
@@ -142,6 +142,9 @@ def prune(directory: str, policy: RetentionPolicy, *, dry_run: bool) -> Pruned:
 def repair(directory: str) -> Repaired:
     """Make the directory agree with itself. Blocks. Raises as `CheckpointDirectory.open_for_writing` does."""
     before = survey(LocalStorage(), directory)
+    has_temporary_files = any(map(is_temporary_name, LocalStorage().list_names(directory)))
+    if before.recorded is None and not (before.damage or before.registry.checkpoints or has_temporary_files):
+        return Repaired(directory, (), before.strangers)  # not even a lock's file is to be made then
     with _opening(directory, before) as (opened, actions):
         opened.open_for_writing()
     after = survey(LocalStorage(), directory)

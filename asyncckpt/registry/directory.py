@@ -20,7 +20,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from asyncckpt.errors import CheckpointError, CheckpointWriteError, CorruptCheckpointError, StorageBusyError
+from asyncckpt.errors import (
+    CheckpointError,
+    CheckpointWriteError,
+    CorruptCheckpointError,
+    SaverClosedError,
+    StorageBusyError,
+)
 from asyncckpt.events import EventKind
 from asyncckpt.image.verify import default_num_threads, verify_reader
 from asyncckpt.naming import BEST_NAME, REGISTRY_NAME, numbered_name
@@ -46,6 +52,7 @@ class Listing:
 
     directory: CheckpointDirectory
     info: CheckpointInfo
+    run_id: str
 
 
 _LOCK_PAUSE_SECS = 0.05
@@ -86,6 +93,9 @@ class CheckpointDirectory:
         self._strangers: frozenset[str] = frozenset()
         self._damaged: frozenset[int] = frozenset()
         self._sequences = itertools.count(1)  # its `next` is one act, whatever signals come
+        self._run_id: str | None = None  # kept when the directory is opened anew, and there is nothing in it yet
+        self._reserved: set[str] = set()  # names of what is being written
+        self._is_shut = False
 
     # --- reading ---
 
@@ -135,6 +145,8 @@ class CheckpointDirectory:
         with self._opening:
             if self._is_opening:
                 raise CheckpointError(f"{self.path} is being opened for writing by what this signal interrupted")
+            if self._is_shut:
+                raise SaverClosedError(f"the manager of {self.path} is closed; make another one")
             if self.is_open:
                 return
             self._is_opening = True
@@ -154,6 +166,11 @@ class CheckpointDirectory:
         lock, self._lock, self._registry = self._lock, None, None
         if lock is not None:
             lock.release()
+
+    def shut(self) -> None:
+        """Close for good."""
+        self._is_shut = True
+        self.close()
 
     def _take_lock(self) -> Lock:
         since = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -181,6 +198,14 @@ class CheckpointDirectory:
         for name in found.strangers:
             self._report(logging.INFO, "recovered", name, "not of this run: left alone")
         registry = self._finish_deletes(found, self._adopt(found))
+        if found.recorded is None and not registry.checkpoints and self._run_id is not None:
+            registry = replace(registry, run_id=self._run_id)
+        elif self._run_id not in (None, registry.run_id):
+            self._damaged = frozenset()  # these are another run's numbers
+        self._run_id = registry.run_id
+        registry = registry.with_checkpoints(
+            replace(info, damaged=info.damaged and self._is_bad(str(info.filepath))) for info in registry.checkpoints
+        )
         self._linked_best = found.linked_best
         self._strangers = frozenset(found.strangers)
         self._sequences = itertools.count(max(next(self._sequences), registry.last_sequence + 1))
@@ -255,28 +280,38 @@ class CheckpointDirectory:
 
     # --- writing ---
 
-    def reserve(self, info: CheckpointInfo) -> CheckpointInfo:
+    def reserve(self, info: CheckpointInfo) -> Listing:
         """Give a checkpoint that is about to be written its sequence number, and a name that nobody else's file has."""
+        registry = self._own_registry()
+        ours = {str(entry.filepath) for entry in registry.checkpoints}
+        ours |= {drop.name for drop in registry.pending_deletes} | self._reserved
+        taken = set(self._strangers)
+        with contextlib.suppress(OSError):
+            taken |= set(self._storage.list_names(self.path)) - ours
         name = str(info.filepath)
         number = 2
-        while name in self._strangers:
+        while name in taken:
             name = numbered_name(str(info.filepath), number)
             number += 1
-        return replace(info, filepath=Path(name), sequence=next(self._sequences))
+        self._reserved.add(name)
+        return Listing(self, replace(info, filepath=Path(name), sequence=next(self._sequences)), registry.run_id)
 
     def describe(self, info: CheckpointInfo) -> Mapping[str, object]:
         """What the checkpoint's file is to say of itself."""
         return describe_in_file(self._own_registry(), info)
 
-    def record(self, info: CheckpointInfo, commit: Callable[[], None]) -> CheckpointInfo:
+    def record(self, listing: Listing, commit: Callable[[], None]) -> CheckpointInfo:
         """Commit a checkpoint by `commit`, then the registry that lists it, then the best link; all durable on return.
 
         Blocks. The registry's file is written before the commit, so that a full disk is found while nothing has
         happened yet. No file is deleted meanwhile. After an OSError the checkpoint may be there but not listed; the
         next `record`, or whoever opens the directory next, lists it. May be done again for the same checkpoint.
         """
+        info = listing.info
         with self._writing:
             registry = self._with(info)
+            if registry.run_id != listing.run_id:
+                raise CheckpointError(f"{self.path} has become another run's directory meanwhile, so nothing was saved")
             contents = encode_registry(registry)
             upload = self._storage.begin(self.path_of(REGISTRY_NAME), len(contents))
             try:
@@ -296,6 +331,7 @@ class CheckpointDirectory:
                 raise
             self._registry, self._is_recorded = registry, True
             self._link_best()
+            self._reserved.discard(str(info.filepath))
         return next((kept for kept in registry.checkpoints if kept.sequence == info.sequence), info)
 
     def delete_pending(self) -> None:
@@ -320,6 +356,7 @@ class CheckpointDirectory:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 # Room first: should we die here, whoever opens the directory next finds these files gone, no more.
+                self._registry, self._is_recorded = pruned, False
                 pruned = self._delete(pruned, pruned.pending_deletes)
                 self._write(pruned)
             self._link_best()
@@ -387,8 +424,11 @@ class CheckpointDirectory:
 
     def _is_strange(self, registry: Registry, drop: PendingDelete) -> bool:
         """Whether somebody has put another file in the place of what was dropped."""
-        with contextlib.suppress(OSError, CorruptCheckpointError):
-            description = describe_file(self._storage, self.path_of(drop.name))
+        with contextlib.suppress(OSError):
+            try:
+                description = describe_file(self._storage, self.path_of(drop.name))
+            except CorruptCheckpointError:
+                return not self._looks_like_a_checkpoint(drop.name)
             is_ours = description is not None and description.run_id == registry.run_id
             if description is None or not is_ours or description.info.sequence != drop.sequence:
                 is_there = drop.name in self._storage.list_names(self.path)
@@ -396,6 +436,15 @@ class CheckpointDirectory:
                     self._report(logging.WARNING, "failed", drop.name, "not deleted: it is another file by now")
                 return is_there
         return False
+
+    def _looks_like_a_checkpoint(self, name: str) -> bool:
+        """Damaged, but one: an archive by its first bytes, or never written at all."""
+        start = bytearray(4)
+        with self._storage.open(self.path_of(name), follow_links=False) as reader:
+            if reader.num_bytes < len(start):
+                return True
+            reader.read_into(0, memoryview(start))
+        return bytes(start) in (b"PK\x03\x04", bytes(4))
 
     def path_of(self, name: str) -> str:
         return os.path.join(self.path, name)

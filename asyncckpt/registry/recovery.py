@@ -62,7 +62,7 @@ class Survey:
         """With nothing to read: the names of checkpoints that were here, and can't be read any more."""
         if self.registry.checkpoints:
             return ()
-        return (*(str(info.filepath) for info in self.gone), *self.torn)
+        return (*(str(info.filepath) for info in self.gone), *self.torn, *([REGISTRY_NAME] if self.damage else []))
 
 
 def survey(
@@ -80,9 +80,10 @@ def survey(
         return describe_file(storage, os.path.join(directory, name))
 
     files = {name for name in names if is_checkpoint_name(name)}
-    best_link = _describe_link(storage, directory) if BEST_NAME in names else None
+    best_link, is_torn = _describe_link(storage, directory) if BEST_NAME in names else (None, False)
     if recorded is None:
         found = _rebuild(files, best_link, describe, damage)
+        found = replace(found, torn=(*found.torn, BEST_NAME)) if is_torn else found
     else:
         found = _reconcile(recorded, files, best_link, describe, every_file=every_file)
     registry = found.registry.monitoring(metric or found.registry.monitor_metric, mode or found.registry.monitor_mode)
@@ -142,11 +143,14 @@ def describe_file(storage: Storage, path: str) -> FileDescription | None:
         return None
 
 
-def _describe_link(storage: Storage, directory: str) -> FileDescription | None:
+def _describe_link(storage: Storage, directory: str) -> tuple[FileDescription | None, bool]:
+    """The best link's description, and whether it is damaged: a writer renews it then."""
     try:
-        return describe_file(storage, os.path.join(directory, BEST_NAME))
-    except (CorruptCheckpointError, OSError):
-        return None  # it will be renewed
+        return describe_file(storage, os.path.join(directory, BEST_NAME)), False
+    except CorruptCheckpointError:
+        return None, True
+    except OSError:
+        return None, False
 
 
 def _reconcile(

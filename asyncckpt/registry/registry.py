@@ -131,6 +131,7 @@ class _Entry(msgspec.Struct, kw_only=True):
     num_bytes: _Natural
     train_loss: _Number | None = None
     protected: bool = False
+    damaged: bool = False
 
 
 class _PendingEntry(msgspec.Struct):
@@ -229,6 +230,7 @@ def _to_entry(info: CheckpointInfo) -> _Entry:
         num_bytes=info.num_bytes,
         train_loss=_from_float(info.train_loss),
         protected=info.protected,
+        damaged=info.damaged,
     )
 
 
@@ -245,6 +247,7 @@ def _from_entry(entry: _Entry) -> CheckpointInfo:
         train_loss=_to_float(entry.train_loss),
         sequence=entry.sequence,
         protected=entry.protected,
+        damaged=entry.damaged,
     )
 
 

@@ -73,7 +73,7 @@ class SaveQueue:
         self._submissions: deque[Submission] = deque()
         self._lock = threading.Lock()  # the workers' only
         self._swept: set[str] = set()
-        self._hurry = threading.Event()
+        self._in_hurry = False
         self._workers = ThreadGroup("worker", num_workers, lambda: lower_priority(nice))
         self._writers = ThreadGroup("writer", _NUM_WRITER_THREADS, lambda: lower_priority(nice))
         self.thread_groups = (self._workers, self._writers)
@@ -97,7 +97,7 @@ class SaveQueue:
 
     def hurry(self) -> None:
         """No more pauses between retries."""
-        self._hurry.set()
+        self._in_hurry = True
 
     def _process_next(self) -> None:
         with self._lock:  # workers take saves in the order of their turns, so that none waits for ever
@@ -140,7 +140,7 @@ class SaveQueue:
             verify_after_save=self._verify_after_save,
             before_commit=before_commit,
             on_retry=lambda passing: self._emit("retried", handle.path, str(passing)),
-            hurry=self._hurry,
+            hurry=lambda: self._in_hurry,
             timings=handle.timings,
             listing=submission.listing,
         )

@@ -285,16 +285,23 @@ class AsyncCheckpointSaver:
 
         Not on the calling thread, so that a signal handler that interrupts the wait may still save.
         """
-        self.check_open()
+        self._check_owner()
         outcome: Future[T] = Future()
+        handle = SaveHandle("other work", self._callbacks.put)  # so that it counts as in flight
 
         def run() -> None:
             try:
                 outcome.set_result(action())
             except BaseException as error:
                 outcome.set_exception(error)
+            finally:
+                self._finish(handle)
 
-        self._queue.run(run)
+        with self._lock:
+            if self._closed:
+                raise SaverClosedError("this saver is closed; make another one")
+            self._in_flight[handle] = None
+            self._queue.run(run)
         return outcome.result()
 
     def wait_idle(self) -> None:

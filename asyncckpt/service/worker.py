@@ -23,6 +23,7 @@ from asyncckpt.threads import ThreadGroup
 # What may pass by itself. A full disk may too, but not within seconds: it fails at once, and the next save tries again.
 _PASSING_ERRORS = frozenset({errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR, errno.ENETDOWN})
 _FIRST_PAUSE_SECS = 0.1
+_POLL_SECS = 0.02
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Job:
     """An image on its way to a path.
 
     `before_commit` returns once every earlier commit in the same place has settled, and raises if the image must not be
-    committed; `hurry` cuts the pauses between retries short.
+    committed; once `hurry` says so, there are no more pauses between retries.
     """
 
     path: str
@@ -40,7 +41,7 @@ class Job:
     verify_after_save: bool
     before_commit: Callable[[], object]
     on_retry: Callable[[OSError], None]
-    hurry: threading.Event
+    hurry: Callable[[], bool]
     timings: Timings
     listing: Listing | None = None
     is_committed: bool = False
@@ -61,8 +62,15 @@ def write_checkpoint(job: Job, writers: ThreadGroup) -> CheckpointInfo:
                 raise _describe(job, error) from error
             job.on_retry(error)
             forget_frames(error)
-            job.hurry.wait(_FIRST_PAUSE_SECS * 2**attempt)
+            _pause(_FIRST_PAUSE_SECS * 2**attempt, job.hurry)
     raise AssertionError("unreachable")
+
+
+def _pause(secs: float, hurry: Callable[[], bool]) -> None:
+    """Polls a plain flag: who sets it may be interrupted by Ctrl-C, which can leave an Event locked for ever."""
+    deadline = time.monotonic() + secs
+    while not hurry() and (rest := deadline - time.monotonic()) > 0:
+        time.sleep(min(rest, _POLL_SECS))
 
 
 def _write_once(job: Job, writers: ThreadGroup) -> CheckpointInfo:
@@ -96,9 +104,10 @@ def _commit(job: Job, upload: Upload) -> CheckpointInfo:
         _commit_upload(job, upload)
         timestamp = datetime.now(timezone.utc).isoformat()
         return CheckpointInfo(Path(job.path), num_bytes=job.source.num_bytes, timestamp=timestamp)
-    directory, info = job.listing.directory, replace(job.listing.info, num_bytes=job.source.num_bytes)
+    directory = job.listing.directory
+    listing = replace(job.listing, info=replace(job.listing.info, num_bytes=job.source.num_bytes))
     # No closure: in the frames of an error's traceback, cleared or not, it would keep the image alive.
-    return directory.locate(directory.record(info, partial(_commit_upload, job, upload)))
+    return directory.locate(directory.record(listing, partial(_commit_upload, job, upload)))
 
 
 def _commit_upload(job: Job, upload: Upload) -> None:

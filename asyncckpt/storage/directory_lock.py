@@ -40,8 +40,10 @@ class LocalLock(Lock):
     def is_intact(self) -> bool:
         try:
             return self._file.fd != -1 and is_at(self._file.fd, self._path)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError:  # it can't be told now; the lock is held all the same
+            return True
 
     def release(self) -> None:
         if self._file.fd == -1:  # released before, or a forked child's

@@ -1,9 +1,9 @@
-"""The example does what it prints: it compares, learns, and goes on after a kill as if nothing had happened."""
+"""The training script does what it prints: it learns, and goes on after a kill as if nothing had happened."""
 
 from __future__ import annotations
 
-import os
 import re
+import runpy
 import statistics
 import subprocess
 import sys
@@ -11,83 +11,143 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts import EXAMPLES, ONE_THREAD, TINY, assert_same, command, losses, run, state
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "train_gpt.py"
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # so small a model is faster so, above all on a busy machine
-TINY = ["--layers", "2", "--width", "32", "--heads", "2", "--context", "16", "--device", "cpu", "--log-every", "1"]
+import asyncckpt
 
-
-def command(*options: str | Path) -> list[str]:
-    return [sys.executable, "-W", "error", str(SCRIPT), *TINY, *map(str, options)]
-
-
-def run(*options: str | Path, cwd: Path | None = None) -> str:
-    completed = subprocess.run(command(*options), capture_output=True, text=True, timeout=120, cwd=cwd, env=ONE_THREAD)
-    assert completed.returncode == 0, completed.stderr
-    return completed.stdout
+NUM_STEPS = 120
+OPTIONS = (*TINY, "--steps", str(NUM_STEPS), "--max-checkpoints", "10")
+Uninterrupted = tuple[str, Path]
 
 
-def losses(output: str) -> dict[int, str]:
-    return {int(step): loss for step, loss in re.findall(r"^step (\d+)  loss (\S+)$", output, re.MULTILINE)}
+def train(*options: str | Path) -> str:
+    return run("train_gpt.py", *OPTIONS, *options).stdout
 
 
-def state(directory: Path, step: int) -> dict[str, object]:
-    loaded: dict[str, object] = torch.load(directory / f"step-{step:08}.pt", weights_only=True)
-    return loaded
+def checkpoints(directory: Path) -> dict[int, Path]:
+    """The files that the registry lists, by their steps."""
+    infos = asyncckpt.CheckpointManager(directory).list_checkpoints()
+    return {info.global_step: info.filepath for info in infos if info.global_step is not None}
+
+
+def assert_same_checkpoints(directory: Path, expected_directory: Path) -> None:
+    paths, expected = checkpoints(directory), checkpoints(expected_directory)
+    assert list(paths) == list(expected)
+    for step, path in paths.items():
+        assert_same(state(path), state(expected[step]))
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
     """The output and the checkpoints of a run that nothing disturbed."""
     directory = tmp_path_factory.mktemp("uninterrupted")
-    return run("--steps", "120", "--save-every", "20", "--checkpoint-dir", directory), directory
+    return train("--save-every", "20", "--checkpoint-dir", directory), directory
 
 
-def test_comparison(tmp_path: Path) -> None:
-    """All four rows with figures in them, each kind of file read back in both ways, and nothing left behind."""
-    output = run("--compare", "--rounds", "2", "--save-every", "4", cwd=tmp_path)
-    num_durations = {"no saving": 1, "torch.save + fsync": 4, "asyncckpt copy": 4, "asyncckpt overlap": 4}
-    for title, expected in num_durations.items():
-        row = re.search(rf"^ *{re.escape(title)} +(\d.*)$", output, re.MULTILINE)
-        assert row is not None, output
-        assert len(re.findall(r"[\d.]+ m?s\b", row[1])) == expected, output
-    for name in ("torch", "copy", "overlap"):
-        assert re.search(rf"^{name}-round-2\.pt, step \d+: .* agree in every tensor", output, re.MULTILINE), output
-    assert list(tmp_path.iterdir()) == []
+def test_loss_falls(uninterrupted: Uninterrupted) -> None:
+    """Text is learned, and not by heart: the last steps and validations are well below the first."""
+    output, directory = uninterrupted
+    by_step = {step: float(loss) for step, loss in losses(output).items()}
+    assert sorted(by_step) == list(range(1, NUM_STEPS + 1))
+    assert statistics.mean(by_step[step] for step in range(NUM_STEPS - 9, NUM_STEPS + 1)) < by_step[1] - 1
+    val_losses = [state(path)["val_loss"] for path in checkpoints(directory).values()]
+    assert val_losses[-1] < val_losses[0] - 0.5
 
 
-def test_loss_falls(uninterrupted: tuple[str, Path]) -> None:
-    """Text is learned: the last steps are well below the first."""
-    by_step = {step: float(loss) for step, loss in losses(uninterrupted[0]).items()}
-    assert sorted(by_step) == list(range(1, 121))
-    assert statistics.mean(by_step[step] for step in range(111, 121)) < by_step[1] - 1
+def test_validation_is_on_text_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training never reads a byte that validation does."""
+    script = runpy.run_path(str(EXAMPLES / "train_gpt.py"))
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *TINY, "--batch-size", "1000"])
+    training = script["Training"](script["parse_options"](), num_steps=10)
+    length = training.batch_shape[1]
+    starts: list[torch.Tensor] = []
+    compute = training._loss
+
+    def recorded(rows: torch.Tensor) -> torch.Tensor:
+        starts.append(rows)
+        loss: torch.Tensor = compute(rows)
+        return loss
+
+    training._loss = recorded
+    training.advance()
+    training.validate()
+    first = len(training.text) - script["VALIDATION_BYTES"]
+    assert int(starts[0].max()) + length < first
+    assert int(starts[1].min()) >= first
+    assert int(starts[1].max()) + length < len(training.text)
 
 
-def test_killed_run_goes_on(uninterrupted: tuple[str, Path], tmp_path: Path) -> None:
-    """After SIGKILL, `--resume` goes on behind the newest whole file, and every later step is bit-equal."""
-    options = ("--steps", "120", "--save-every", "20", "--checkpoint-dir", tmp_path)
-    with subprocess.Popen(command(*options), stdout=subprocess.PIPE, text=True, env=ONE_THREAD) as process:
+def test_every_checkpoint_is_announced(uninterrupted: Uninterrupted) -> None:
+    """The saves are acknowledged in their order, and the directory lists the same."""
+    output, directory = uninterrupted
+    announced = re.findall(r"^durable: (\S+)$", output, re.MULTILINE)
+    assert announced == [path.name for path in checkpoints(directory).values()]
+    assert list(checkpoints(directory)) == list(range(20, NUM_STEPS + 1, 20))
+
+
+def test_killed_run_goes_on(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+    """After SIGKILL, `--resume` goes on from the newest whole checkpoint, and every later step is bit-equal."""
+    options = ("--save-every", "20", "--checkpoint-dir", tmp_path)
+    script = command("train_gpt.py", *OPTIONS, *options)
+    with subprocess.Popen(script, stdout=subprocess.PIPE, text=True, env=ONE_THREAD) as process:
         assert process.stdout is not None
-        next(line for line in process.stdout if line.startswith("step ") and list(tmp_path.glob("step-*.pt")))
+        durable = (line for line in process.stdout if line.startswith("durable: "))
+        next(durable)
+        next(durable)
         process.kill()
-    saved = max(int(path.stem.removeprefix("step-")) for path in tmp_path.glob("step-*.pt"))
-    assert saved < 119, "it was over before it could be killed"
-    whole = (tmp_path / f"step-{saved:08}.pt").read_bytes()
-    (tmp_path / "step-00000119.pt").write_bytes(whole[: len(whole) // 2])  # as a killed torch.save leaves it
+    before = checkpoints(tmp_path)
+    *_, older, newest = sorted(before)
+    assert newest < NUM_STEPS, "it was over before it could be killed"
+    whole = before[newest].read_bytes()
+    before[newest].write_bytes(whole[: len(whole) // 2])
+    (tmp_path / f"checkpoint_epoch0000_step{NUM_STEPS - 1:08}_loss0.0000.pt").write_bytes(whole[: len(whole) // 2])
 
-    output = run(*options, "--resume")
-    assert re.search(r"^skipped: .*step-00000119\.pt", output, re.MULTILINE)
-    assert f"resumed after step {saved} from" in output
+    resumed = run("train_gpt.py", *OPTIONS, *options, "--resume")
+    assert before[newest].name in resumed.stderr
+    assert f"resumed after step {older}\n" in resumed.stdout
     expected_output, expected_directory = uninterrupted
     expected = losses(expected_output)
-    assert losses(output) == {step: expected[step] for step in range(saved + 1, 121)}
-    for step in range(20, 121, 20):
-        torch.testing.assert_close(state(tmp_path, step), state(expected_directory, step), rtol=0, atol=0)
+    assert losses(resumed.stdout) == {step: expected[step] for step in range(older + 1, NUM_STEPS + 1)}
+    assert_same_checkpoints(tmp_path, expected_directory)
 
 
-def test_activation_checkpointing(uninterrupted: tuple[str, Path], tmp_path: Path) -> None:
-    """Recomputing the activations, and saving in another way, change no loss and no file."""
-    options = ("--steps", "120", "--save-every", "60", "--checkpoint-dir", tmp_path)
-    output = run(*options, "--activation-checkpointing", "--method", "torch")
+@pytest.mark.parametrize("source", ["best", "40", "path"])
+def test_resume_from(source: str, uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+    """The best, a step and a file are found, and the run from there is bit-equal."""
+    expected_output, directory = uninterrupted
+    best = asyncckpt.CheckpointManager(directory).best
+    assert best is not None
+    start = {"best": best.global_step, "40": 40, "path": 80}[source]
+    assert start is not None
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    for path in directory.iterdir():
+        (copies / path.name).write_bytes(path.read_bytes())
+    named = str(checkpoints(copies)[80]) if source == "path" else source
+    output = train("--checkpoint-dir", copies, "--resume", named)
+    assert f"resumed after step {start}\n" in output
+    expected = losses(expected_output)
+    assert losses(output) == {step: expected[step] for step in range(start + 1, NUM_STEPS + 1)}
+
+
+def test_nothing_to_resume_from(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+    """In an empty directory `--resume` starts from the beginning, so that one command serves a restarted job."""
+    output = train("--checkpoint-dir", tmp_path, "--save-every", "60", "--resume")
+    assert "starting from the beginning" in output
     assert losses(output) == losses(uninterrupted[0])
-    torch.testing.assert_close(state(tmp_path, 60), state(uninterrupted[1], 60), rtol=0, atol=0)
+
+
+def test_activation_checkpointing(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+    """Recomputing the activations, and saving in another way, change no loss and no file."""
+    options = ("--save-every", "20", "--checkpoint-dir", tmp_path, "--snapshot", "copy")
+    output = train(*options, "--activation-checkpointing")
+    assert losses(output) == losses(uninterrupted[0])
+    assert_same_checkpoints(tmp_path, uninterrupted[1])
+
+
+def test_saving_by_cost(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+    """With `--max-overhead` the saves come when they are worth it, at the first step for a measure; the losses stay."""
+    output = train("--checkpoint-dir", tmp_path, "--max-overhead", "0.01")
+    assert losses(output) == losses(uninterrupted[0])
+    assert re.search(r"^durable: \S+_step00000001_", output, re.MULTILINE)
+    assert NUM_STEPS in checkpoints(tmp_path)

@@ -21,7 +21,7 @@ from storage.seam import Call, Fault, Seam
 import asyncckpt
 from asyncckpt import AsyncCheckpointSaver, CheckpointInfo, CheckpointWriteError, RegistryError, StorageBusyError
 from asyncckpt.naming import LOCK_NAME, checkpoint_name, is_temporary_name
-from asyncckpt.registry.directory import CheckpointDirectory, Listing
+from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.registry.retention import KeepEvery, KeepLast
 from asyncckpt.storage.local import LocalStorage
 
@@ -63,9 +63,7 @@ class Run:
             val_loss=loss,
             timestamp=f"2026-01-01T00:00:00.{len(self.events):06}+00:00",
         )
-        handle = self.saver.save_listed(
-            {"tensor": TENSOR + step}, Listing(self.directory, self.directory.reserve(info))
-        )
+        handle = self.saver.save_listed({"tensor": TENSOR + step}, self.directory.reserve(info))
         result = handle.result(60)
         self.saver.wait(60)
         return result
@@ -654,12 +652,12 @@ def test_numbers_are_given_once_whatever_signals_come(run: Run) -> None:
     def trace(frame: object, event: str, argument: object) -> object:
         if event == "line" and len(numbers) < 3:
             sys.settrace(None)
-            numbers.append(run.directory.reserve(info).sequence)
+            numbers.append(run.directory.reserve(info).info.sequence)
             sys.settrace(trace)  # type: ignore[arg-type]
         return trace
 
     sys.settrace(trace)  # type: ignore[arg-type]
-    outer = run.directory.reserve(info).sequence
+    outer = run.directory.reserve(info).info.sequence
     sys.settrace(None)
     assert numbers
     assert len({outer, *numbers}) == 1 + len(numbers)
