@@ -90,7 +90,7 @@ class Life(RuleBasedStateMachine):
         self.step = max(0, self.step + move)
         self.number += 1
         before, writer = self.opening()
-        entry = writer.next_entry(checkpoint_name(1, self.step, {"loss": loss}), loss, self.number)
+        entry = writer.next_entry(before[-1], checkpoint_name(1, self.step, {"loss": loss}), loss, self.number)
         after, num_unacknowledged, writer = saved(before[-1], writer, entry, NUM_KEPT)
 
         def act(manager: CheckpointManager) -> None:
@@ -283,6 +283,7 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
+@pytest.mark.timeout(900)  # a life that fails is made shorter first, which takes minutes
 @pytest.mark.usefixtures("quiet")
 def test_random_lives() -> None:
     run_state_machine_as_test(

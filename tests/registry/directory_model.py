@@ -30,6 +30,7 @@ class Entry:
     loss: float | None
     number: int
     protected: bool = False
+    damaged: bool = False  # found so by a load, and recorded since
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ class Disk:
     def is_lost(self) -> bool:
         """There were checkpoints, and nothing of them is left to list."""
         if self.index is None:
-            return not self.listed() and any(file.health == "torn" for file in self.files.values())
+            files = [*self.files.values(), *([self.link] if self.link else [])]
+            return not self.listed() and (self.has_damaged_index or any(file.health == "torn" for file in files))
         return not self.listed() and bool(self.index.entries)
 
     def newest_valid(self) -> File | None:
@@ -144,7 +146,11 @@ class Writer:
 
     def whole(self, entries: Iterable[Entry]) -> list[Entry]:
         """Those that may be whole, for all it knows."""
-        return [entry for entry in in_order(entries) if entry.sequence not in self.damaged]
+        return [entry for entry in self.marked(entries) if not entry.damaged]
+
+    def marked(self, entries: Iterable[Entry]) -> list[Entry]:
+        """With what it knows of damage."""
+        return [replace(entry, damaged=entry.damaged or entry.sequence in self.damaged) for entry in in_order(entries)]
 
     def retained(self, entries: Iterable[Entry], kept: Iterable[Entry]) -> list[Entry]:
         """What a policy keeps, the newest, the best and the protected ones; damaged ones that are newer than these."""
@@ -154,13 +160,16 @@ class Writer:
         oldest = min(sequences, default=0)
         return [
             entry
-            for entry in in_order(entries)
-            if entry.sequence in sequences or (entry.sequence in self.damaged and entry.sequence > oldest)
+            for entry in self.marked(entries)
+            if entry.sequence in sequences or (entry.damaged and entry.sequence > oldest)
         ]
 
-    def next_entry(self, name: str, loss: float | None, number: int) -> Entry:
+    def next_entry(self, disk: Disk, name: str, loss: float | None, number: int) -> Entry:
+        """Under a name that no file has which this writer does not list: a damaged one that it left alone, say."""
+        ours = {entry.name for entry in (*self.index.entries, *self.index.dropped)}
+        taken = self.strangers | (frozenset(disk.files) - ours)
         free, suffix = name, 2
-        while free in self.strangers:
+        while free in taken:
             free, suffix = numbered_name(name, suffix), suffix + 1
         return Entry(self.index.last_sequence + 1, free, loss, number)
 
@@ -188,9 +197,10 @@ def opened(disk: Disk) -> tuple[list[Disk], Writer]:
             states += _deleted(states[-1], deletable)
         else:
             rescued = [entry for entry in deletable if disk.files[entry.name].health == "whole"]
-            kept += [replace(entry, protected=True) for entry in rescued]
+            kept += [replace(entry, protected=True, damaged=False) for entry in rescued]
             dropped = [entry for entry in deletable if entry not in rescued]
 
+    kept = [replace(entry, damaged=entry.damaged and not states[-1].is_whole(entry)) for entry in kept]
     index = _index(kept, dropped, last_sequence, best_of(kept))
     if index.entries != recorded.entries or disk.has_damaged_index:
         states.append(states[-1].recording(index))
@@ -218,7 +228,7 @@ def _recorded(
     disk: Disk, writer: Writer, entries: Sequence[Entry], kept: Sequence[Entry], *, first: list[Disk]
 ) -> tuple[list[Disk], int, Writer]:
     names = {entry.name for entry in kept}
-    dropped = [entry for entry in (*writer.index.dropped, *entries) if entry not in kept and entry.name not in names]
+    dropped = [entry for entry in (*writer.index.dropped, *entries) if entry.name not in names]
     last_sequence = max([writer.index.last_sequence, *(entry.sequence for entry in entries)])
     best = best_of(writer.whole(kept))
     index = _index(kept, dropped, last_sequence, best)
@@ -232,7 +242,8 @@ def _recorded(
 
 def best_of(entries: Iterable[Entry]) -> Entry | None:
     """The lowest loss, of equals the earliest; NaN and no loss at all never are the best."""
-    comparable = [entry for entry in in_order(entries) if entry.loss is not None and not math.isnan(entry.loss)]
+    whole = [entry for entry in in_order(entries) if not entry.damaged]
+    comparable = [entry for entry in whole if entry.loss is not None and not math.isnan(entry.loss)]
     return min(comparable, key=lambda entry: entry.loss, default=None)  # type: ignore[arg-type,return-value]
 
 
