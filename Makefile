@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test reliability lint bench clean
 
 demo: .venv/installed  ## train, kill it in mid-save, resume, compare bit for bit, and measure what saving costs
 	$(BIN)/python examples/demo.py
 
 test: .venv/installed lint  ## lint, types, all tests
 	$(BIN)/python -m pytest
+
+reliability: .venv/installed  ## every gate with its full figure, an hour or two; needs Linux, root and FUSE
+	ASYNCCKPT_FULL=1 $(BIN)/python -m pytest tests/reliability
 
 lint: .venv/installed
 	$(BIN)/ruff check .

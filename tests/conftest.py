@@ -20,6 +20,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
         report.longrepr = f"skipped, which CI forbids: {report.longrepr}"
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The figures of the reliability gates that ran."""
+    from reliability import gates
+
+    if gates.lines:
+        terminalreporter.section("reliability gates")
+        for line in gates.lines:
+            terminalreporter.write_line(line)
+
+
 def saver_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("asyncckpt-")]
 

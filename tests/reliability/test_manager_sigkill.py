@@ -1,8 +1,5 @@
 """kill -9 of a managing process, at random moments and at every file system call: the directory is always in a state
-that the protocol passes through, from which the next process goes on.
-
-`ASYNCCKPT_NUM_MANAGER_KILLS` (default 200) and `ASYNCCKPT_SEED` choose the random kills.
-"""
+that the protocol passes through, from which the next process goes on."""
 
 from __future__ import annotations
 
@@ -25,10 +22,11 @@ from asyncckpt import CheckpointManager, KeepLast
 from asyncckpt.naming import BEST_NAME, LOCK_NAME, REGISTRY_NAME, temporary_name
 from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.storage.local import LocalStorage
+from reliability.gates import SEED, count, report
 from reliability.saving_server import Managed, Order
-from reliability.test_sigkill import SEED, TIMEOUT_SECS, Server, temporaries
+from reliability.test_sigkill import TIMEOUT_SECS, Server, temporaries
 
-NUM_KILLS = int(os.environ.get("ASYNCCKPT_NUM_MANAGER_KILLS", "200"))
+NUM_KILLS = count(200, full=1000)
 NUM_KEPT = 2
 LONGEST_RUN_SECS = 0.06
 
@@ -185,10 +183,11 @@ def test_killed_at_a_random_moment(base: Path, server: Server) -> None:
             disk = check_as_a_writer(path, disk, where)
             num_recovered += 1
         first += len(acks) + 10
-    print(
-        f"{NUM_KILLS} kills, seed {SEED}: {num_acks} checkpoints acknowledged, 0 lost; {num_newer} times one more was "
-        f"there; {num_midway} times there was something to finish; {num_left} temporary files left by the dead; "
-        f"{num_recovered} times opened twice, to the same bytes"
+    report(
+        "4 SIGKILL of a manager",
+        f"{NUM_KILLS} kills: {num_acks} checkpoints acknowledged, 0 lost; {num_newer} times one more was there; "
+        f"{num_midway} times there was something to finish; {num_left} temporary files left by the dead; "
+        f"{num_recovered} times opened twice, to the same bytes",
     )
     disk = check_as_a_writer(path, disk, "at the end")
     assert num_acks > NUM_KILLS
@@ -266,7 +265,8 @@ def test_killed_at_every_call(
         check_as_a_reader(path, found[-1], acks, where)
         check_as_a_writer(path, found[-1], where)
         shutil.rmtree(path)
-    print(
-        f"{len(found) - 1} kills, one before each call: the directory passed through {len(all_states)} states, all seen"
+    report(
+        "4 SIGKILL of a manager at every call",
+        f"{len(found) - 1} kills: the directory passed through {len(all_states)} states, all seen",
     )
     assert all(state in found for state in all_states)

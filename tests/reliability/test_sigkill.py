@@ -1,7 +1,4 @@
-"""kill -9, at random moments and at every file system call: what was acknowledged loads, and nothing torn is there.
-
-`ASYNCCKPT_NUM_KILLS` (default 100) and `ASYNCCKPT_SEED` choose the random kills.
-"""
+"""kill -9, at random moments and at every file system call: what was acknowledged loads, and nothing torn is there."""
 
 from __future__ import annotations
 
@@ -24,10 +21,10 @@ import torch
 import asyncckpt
 from asyncckpt.naming import is_temporary_name, temporary_name
 from asyncckpt.storage.local import LocalStorage
+from reliability.gates import SEED, count, report
 from reliability.saving_server import Order
 
-NUM_KILLS = int(os.environ.get("ASYNCCKPT_NUM_KILLS", "100"))
-SEED = int(os.environ.get("ASYNCCKPT_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
+NUM_KILLS = count(100, full=1000)
 TESTS = Path(__file__).parent.parent
 TIMEOUT_SECS = 60.0
 LONGEST_SAVE_SECS = 0.05
@@ -145,9 +142,10 @@ def test_killed_at_a_random_moment(tmp_path: Path, server: Server, num_paths: in
         num_left_by_the_dead += len(left - alive)
         assert {path.name for path in tmp_path.iterdir()} <= {path.name for path in (*paths, *left)}, where
     living.abort()
-    print(
-        f"{num_kills} kills, seed {SEED}: {num_acks} saves acknowledged, 0 lost; {num_newer} files newer than the last "
-        f"acknowledged; {num_left_by_the_dead} temporary files left by the dead, all swept by the next process"
+    report(
+        f"4 SIGKILL, {num_paths} paths",
+        f"{num_kills} kills: {num_acks} saves acknowledged, 0 lost; {num_newer} files newer than the last "
+        f"acknowledged; {num_left_by_the_dead} temporary files left by the dead, all swept by the next process",
     )
     last_order = Order([str(path) for path in paths], first, num_saves=num_paths)
     server.start(last_order)
@@ -196,7 +194,10 @@ def test_killed_at_every_call(tmp_path: Path, server: Server, prepare: Callable[
         assert number_at(path) == 3, call
         assert [entry.name for entry in path.parent.iterdir()] == ["state.pt"], call
     num_new = outcomes.count("new")
-    print(f"{len(outcomes)} kills, one before each call: {len(outcomes) - num_new} old files, {num_new} new, all whole")
+    report(
+        "4 SIGKILL at every call",
+        f"{len(outcomes)} kills: {len(outcomes) - num_new} old files, {num_new} new, all whole",
+    )
     assert number == 2
     assert outcomes == sorted(outcomes, reverse=True), "once the new file is there, it stays"
     assert num_new > 0
