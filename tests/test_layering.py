@@ -21,7 +21,7 @@ LAYERS = [
     "cli.tensors",
     "cli.output",
     "manager",
-    "resume distributed.ddp",
+    "resume distributed.ddp preemption",
     "state.restore state.sampler",
     "state.capture",
     "state.stateful",

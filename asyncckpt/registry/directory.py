@@ -69,6 +69,7 @@ _generations = itertools.count(1)
 _LOCK_PAUSE_SECS = 0.05
 _SILENT_WAIT_SECS = 1.0
 _MAX_FINISHING_SECS = 600.0  # how long to wait for a writer that finishes a dead trainer's checkpoints
+_NOTICE_SECS = 2.0  # within which a writer notices that its trainer has died, and says so
 _MAX_HOLDER_BYTES = 500
 
 
@@ -145,20 +146,23 @@ class CheckpointDirectory:
 
         Returns at once if there is none; blocks for ten minutes at most.
         """
-        deadline = time.monotonic() + _MAX_FINISHING_SECS
+        started = time.monotonic()
         is_announced = False
-        while (holder := self._finishing_holder()) and time.monotonic() < deadline:
-            if not is_announced:
+        while True:
+            holder = self._read_holder()
+            patience = _MAX_FINISHING_SECS if holder.startswith(FINISHING) else _NOTICE_SECS * _has_ended(holder)
+            if time.monotonic() - started >= patience or not self._storage.is_locked(self.path):
+                return
+            if not is_announced and holder.startswith(FINISHING):
                 log_quietly(logging.WARNING, f"waiting for what still writes to {self.path}: {holder}")
                 is_announced = True
             time.sleep(_LOCK_PAUSE_SECS)
 
-    def _finishing_holder(self) -> str:
+    def _read_holder(self) -> str:
         try:
-            holder = self._storage.read(self.path_of(LOCK_NAME), _MAX_HOLDER_BYTES).decode("utf-8", "replace")
+            return self._storage.read(self.path_of(LOCK_NAME), _MAX_HOLDER_BYTES).decode("utf-8", "replace")
         except OSError:
             return ""
-        return holder if holder.startswith(FINISHING) and self._storage.is_locked(self.path) else ""
 
     def note_damaged(self, info: CheckpointInfo) -> None:
         """A load found it so: from now on it is not the best, and takes no whole checkpoint's place in retention."""
@@ -210,7 +214,7 @@ class CheckpointDirectory:
 
     def _take_lock(self) -> Lock:
         since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        holder = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
+        holder = _HOLDER.format(pid=os.getpid(), host=socket.gethostname(), since=since)
         started = time.monotonic()
         is_announced = False
         while True:
@@ -558,6 +562,23 @@ class CheckpointDirectory:
         path = self.path_of(name)
         log_quietly(level, f"{path}: {detail}")
         self._report_event(kind, path, detail)
+
+
+_HOLDER = "process {pid} on {host}, since {since}"
+
+
+def _has_ended(holder: str) -> bool:
+    """Whether the process that took the lock, by its own words, ran here and is gone."""
+    words = holder.split(" ")
+    if len(words) < 4 or not words[1].isdecimal() or words[3].rstrip(",") != socket.gethostname():
+        return False
+    try:
+        os.kill(int(words[1]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        pass
+    return False
 
 
 @contextlib.contextmanager
