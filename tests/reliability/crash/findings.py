@@ -43,6 +43,11 @@ class Findings:
     best: Content | None = None
     faults: tuple[str, ...] = ()
 
+    @property
+    def newest(self) -> Content | None:
+        """What a reader resumes from."""
+        return next(reversed(self.checkpoints.values()), None)
+
 
 def look_at_directory(path: Path, num_kept: int | None) -> Findings:
     """A manager's directory; it is opened for writing, twice."""
@@ -58,9 +63,10 @@ def look_at_directory(path: Path, num_kept: int | None) -> Findings:
     link = content_at(path / BEST_NAME) if (path / BEST_NAME).exists() else None
     faults += [f"{name} is listed: {content.problem}" for name, content in checkpoints.items() if content.problem]
     for info in found.registry.checkpoints:
-        if checkpoints[str(info.filepath)].sequence != info.sequence:
-            faults.append(f"{info.filepath} is listed as sequence number {info.sequence}, and is another")
-    faults += _faults_of_opening(path, num_kept, found)
+        # A name that was committed again, and not recorded: readers see the new file under the old entry.
+        if (checkpoints[str(info.filepath)].sequence or 0) < (info.sequence or 0):
+            faults.append(f"{info.filepath} is listed with sequence number {info.sequence}, and is older")
+    faults += _faults_of_opening(path, num_kept, checkpoints)
     best = content_at(path / BEST_NAME) if (path / BEST_NAME).exists() else None
     recorded = None if found.recorded is None else frozenset(_sequences(found.recorded.checkpoints))
     return Findings(checkpoints, recorded, link, best, tuple(faults))
@@ -92,7 +98,7 @@ def _doubts(found: Survey) -> Iterator[str]:
     yield from (f"{name} is nobody's file" for name in found.strangers)
 
 
-def _faults_of_opening(path: Path, num_kept: int | None, found: Survey) -> Iterator[str]:
+def _faults_of_opening(path: Path, num_kept: int | None, found: Mapping[str, Content]) -> Iterator[str]:
     directory = _directory(path, num_kept)
     try:
         directory.open_for_writing()
@@ -101,8 +107,11 @@ def _faults_of_opening(path: Path, num_kept: int | None, found: Survey) -> Itera
         return
     listed = directory.registry.checkpoints
     directory.close()
-    if _sequences(listed) != _sequences(found.registry.checkpoints):
-        yield f"opening it changed the list from {found.registry.checkpoints} to {listed}"
+    opened = {str(info.filepath): content_at(path / info.filepath) for info in listed}
+    if opened != found:
+        yield f"opening it changed what is listed from {found} to {opened}"
+    if [content.sequence for content in opened.values()] != sorted(_sequences(listed), key=lambda n: n or 0):
+        yield f"the sequence numbers {_sequences(listed)} are listed, and the files are {opened}"
     yield from _disorder(path, {str(info.filepath) for info in listed})
     before = _signature(path)
     directory = _directory(path, num_kept)

@@ -66,10 +66,12 @@ class Promise:
             case Pruning(num_kept):
                 return replace(self, limits={number: min(limit, num_kept) for number, limit in self.limits.items()})
             case Pruned():
-                return replace(self, kept=self.retained(self.kept))
+                kept = self.retained(self.kept)
+                return replace(self, kept=kept, limits={**self.limits, **dict.fromkeys(kept, self.num_kept)})
             case RegistryLost():
                 # What is rebuilt from the files is protected until somebody prunes.
-                return replace(self, is_recorded=False, limits=dict.fromkeys(self.limits, _KEEP_ALL))
+                limits = {**self.limits, **dict.fromkeys(self.kept, _KEEP_ALL)}
+                return replace(self, is_recorded=False, limits=limits)
             case Found(numbers):
                 return replace(self, found=numbers)
             case Opened():
@@ -118,9 +120,10 @@ def broken(promise: Promise, found: Findings) -> list[str]:
 
 
 def _losses(promise: Promise, found: Findings, numbers: Mapping[int, str]) -> Iterator[str]:
-    newest = max(promise.names, default=0)
-    if newest > max(numbers, default=0):
-        yield f"{newest} was acknowledged, and the newest that loads is {max(numbers, default=None)}"
+    acknowledged = max(promise.names, default=0)
+    newest = found.newest.number if found.newest else None
+    if acknowledged > (newest or 0):
+        yield f"{acknowledged} was acknowledged, and the newest that loads is {newest}"
     names = {**promise.names, **numbers}
     # Commits happen in order, so those before the newest that is there were committed too.
     committed = {n for n in promise.losses if n < max(numbers, default=0) and n not in promise.failed}
@@ -129,9 +132,6 @@ def _losses(promise: Promise, found: Findings, numbers: Mapping[int, str]) -> It
             yield f"{number} is gone, though only {sorted(numbers)} are there"
     for number in sorted(set(numbers) & set(promise.names) - promise.kept):
         yield f"{number} is there again, though it had been dropped"
-    order = [content.number for content in found.checkpoints.values()]
-    if order != sorted(numbers):
-        yield f"they are listed in the order {order}"
 
 
 def _disagreements(promise: Promise, found: Findings, numbers: Mapping[int, str]) -> Iterator[str]:

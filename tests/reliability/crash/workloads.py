@@ -25,13 +25,12 @@ from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.service import worker
 from asyncckpt.storage import system_calls
 from asyncckpt.storage.local import LocalStorage, LocalUpload
-from reliability.crash.disk import Move, Remove
 from reliability.crash.exploring import Recording, look_at
 from reliability.crash.facts import Found, Opened, Pruned, Pruning, RegistryLost, Retention
 from reliability.crash.findings import Findings, look_at_directory, look_at_files
 from reliability.crash.invariant import Promise, broken, broken_files, promise_of
 from reliability.crash.recorder import Recorder, recording
-from reliability.crash.states import crash_states
+from reliability.crash.states import CrashState, crash_states
 
 TIMEOUT_SECS = 60
 RUN = "run"
@@ -184,7 +183,8 @@ def many_blocks(direct: bool) -> Workload:
     def run(chance: random.Random) -> Recording:
         with memory_directory() as base, file_system("hard link", direct=direct):
             with recording(base) as recorder, Managing(recorder, num_kept=1) as managing:
-                save_in_turn(managing, any_losses(chance, 3), chance, numel=SEVERAL, num_metrics=150)
+                losses = [chance.uniform(0, 9) for _ in range(3)]
+                save_in_turn(managing, losses, chance, numel=SEVERAL, num_metrics=150)
             return managed("several blocks" + (", O_DIRECT" if direct else ", buffered"), recorder, 1)
 
     return run
@@ -208,24 +208,24 @@ def failing_sync(chance: random.Random) -> Recording:
 
 
 def recovery(chance: random.Random) -> Recording:
-    """A crash while the directory is opened after a crash that left something to do."""
-    first = chance.choice([best_changes, same_name, kept(1), kept(2), concurrent_saves])(chance)
+    """A crash while the directory is opened after a crash: of a few, the one that left the most to do."""
+    first = chance.choice([best_changes, same_name, kept(1), kept(2), pruning, concurrent_saves])(chance)
     states = list(crash_states(first.initial, first.steps, chance))
-    while True:
-        crashed = chance.choice(states)
-        with memory_directory() as base:
-            found = look_at(crashed.tree, base / "look", first.look)
-            crashed.tree.write(base)
-            with recording(base) as recorder:
-                recorder.note(Found(frozenset(c.number for c in found.checkpoints.values() if c.number is not None)))
-                directory = CheckpointDirectory(str(base / RUN), LocalStorage(), metric="val_loss")
-                directory.open_for_writing()
-                directory.close()
-                recorder.note(Opened())
-        if any(isinstance(step, Move | Remove) for step in recorder.steps):
-            before = first.promises()[crashed.num_facts]
-            name = f"recovery, {first.name}"
-            return Recording(name, recorder.initial, recorder.steps, first.look, broken, before)
+    return max((recovery_from(first, chance.choice(states)) for _ in range(8)), key=lambda found: len(found.steps))
+
+
+def recovery_from(first: Recording, crashed: CrashState) -> Recording:
+    with memory_directory() as base:
+        found = look_at(crashed.tree, base / "look", first.look)
+        crashed.tree.write(base)
+        with recording(base) as recorder:
+            recorder.note(Found(frozenset(c.number for c in found.checkpoints.values() if c.number is not None)))
+            directory = CheckpointDirectory(str(base / RUN), LocalStorage(), metric="val_loss")
+            directory.open_for_writing()
+            directory.close()
+            recorder.note(Opened())
+    before = first.promises()[crashed.num_facts]
+    return Recording(f"recovery, {first.name}", recorder.initial, recorder.steps, first.look, broken, before)
 
 
 # --- savers to explicit paths ---
