@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,8 +36,8 @@ def totals() -> Iterator[dict[str, int]]:
     yield totals
     report(
         "1 crash states",
-        f"{totals['states']} distinct states of {totals['runs']} runs of {totals['workloads']} workloads, {totals['bad']} bad; "
-        f"{totals['loads']} of them loaded by torch too",
+        f"{totals['states']} distinct states of {totals['runs']} runs of {totals['workloads']} workloads, "
+        f"{totals['bad']} bad; {totals['loads']} of them loaded by torch too",
     )
 
 

@@ -81,6 +81,6 @@ def describe(recording: Recording, verdict: Verdict) -> str:
     facts = "\n".join(f"    {step}" for step in recording.steps if isinstance(step, Fact))
     faults = "\n".join(f"    {fault}" for fault in verdict.faults)
     return (
-        f"{recording.name}, after {sorted(verdict.promise.names)} were acknowledged:\n{faults}\n  on the disk:\n{files}\n"
-        f"  the whole run:\n{facts}"
+        f"{recording.name}, after {sorted(verdict.promise.names)} were acknowledged:\n{faults}\n"
+        f"  on the disk:\n{files}\n  the whole run:\n{facts}"
     )

@@ -46,7 +46,7 @@ class Findings:
     @property
     def newest(self) -> Content | None:
         """What a reader resumes from."""
-        return next(reversed(self.checkpoints.values()), None)
+        return next(reversed(list(self.checkpoints.values())), None)
 
 
 def look_at_directory(path: Path, num_kept: int | None) -> Findings:

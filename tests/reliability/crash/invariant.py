@@ -143,16 +143,24 @@ def _disagreements(promise: Promise, found: Findings, numbers: Mapping[int, str]
         for number in sorted(set(promise.names) - recorded):
             if not promise.is_excused(number, recorded, {**promise.names, **numbers}):
                 yield f"{number} was acknowledged, and the registry on the disk does not name it"
-    link = found.link.number if found.link else None
-    linked_name = found.link.name if found.link else None
-    rivals = {n for n in promise.kept if n == link or promise.names[n] != linked_name}
-    if link is not None and link not in promise.losses:
-        yield f"the best link holds {found.link}, which nobody saved"
-    elif promise.best_of({*rivals, *([link] if link is not None else [])}) != link:
-        yield f"the best link holds {link}, not {promise.best_of(rivals)}, which was acknowledged"
+    yield from _linked(promise, found)
     best = promise.best_of(numbers)
     if best is not None and (found.best is None or found.best.number != best):
         yield f"once opened, the best link holds {found.best}, not {best}"
+
+
+def _linked(promise: Promise, found: Findings) -> Iterator[str]:
+    """The best of what was acknowledged, or one that is better, or saved later under the same name."""
+    link = found.link.number if found.link else None
+    if link is not None and link not in promise.losses:
+        yield f"the best link holds {found.link}, which nobody saved"
+        return
+    namesakes = {n for n in promise.names if found.link and promise.names[n] == found.link.name}
+    rivals = {n for n in promise.kept if n not in namesakes or n > (link or 0)}
+    if link is not None and link >= max(namesakes, default=0):
+        rivals.add(link)
+    if promise.best_of(rivals) != link:
+        yield f"the best link holds {link}, and {promise.best_of(rivals)} was acknowledged"
 
 
 def broken_files(promise: Promise, found: Findings) -> list[str]:

@@ -6,9 +6,10 @@ import errno
 import math
 import os
 import random
+import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +21,7 @@ from storage.test_links import copy_bytes
 from torch import nn
 
 from asyncckpt import AsyncCheckpointSaver, CheckpointManager, CheckpointWriteError, KeepLast, SaveHandle
-from asyncckpt.naming import REGISTRY_NAME
+from asyncckpt.naming import REGISTRY_NAME, is_checkpoint_name
 from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.service import worker
 from asyncckpt.storage import system_calls
@@ -59,7 +60,9 @@ class Managing:
     def __exit__(self, *_: object) -> None:
         self.manager.close(TIMEOUT_SECS)
 
-    def save(self, loss: float | None, *, step: int | None = None, numel: int = FEW, num_metrics: int = 0) -> SaveHandle:
+    def save(
+        self, loss: float | None, *, step: int | None = None, numel: int = FEW, num_metrics: int = 0
+    ) -> SaveHandle:
         number, self.number = self.number, self.number + 1
         model = nn.ParameterList([nn.Parameter(torch.full((numel,), float(number)))])
         metrics = {f"metric {index}": float(number) for index in range(num_metrics)}
@@ -190,21 +193,54 @@ def many_blocks(direct: bool) -> Workload:
     return run
 
 
-def failing_sync(chance: random.Random) -> Recording:
-    """One fsync fails: what was written before it may never reach the disk, however well a later one does."""
-    turn = chance.randrange(1, 20)
-    with memory_directory() as base, ExitStack() as stack:
-        stack.enter_context(patched("fsync", raising(errno.EIO, when=lambda number: number == turn)))
-        stack.enter_context(mock.patch.object(worker, "_FIRST_PAUSE_SECS", 0))
-        recorder = stack.enter_context(recording(base))
-        with Managing(recorder) as managing:
-            for loss in any_losses(chance, 4):
-                try:
-                    managing.save(loss, numel=chance.choice([FEW, SEVERAL])).exception(TIMEOUT_SECS)
-                except CheckpointWriteError:  # the directory could not be opened
-                    continue
-                managing.manager.wait(TIMEOUT_SECS)
-        return managed(f"fsync {turn} fails", recorder, 2)
+def failing(name: str, error: int, of: Callable[[Any], bool], num_turns: int) -> Workload:
+    """One of the first calls of the file system of a kind fails, and what can be done again is. After an fsync that
+    failed, what was written before may never reach the disk, however well a later one does."""
+
+    def run(chance: random.Random) -> Recording:
+        turn = chance.randrange(1, num_turns + 1)
+        with memory_directory() as base, ExitStack() as stack:
+            stack.enter_context(patched(name, raising_once(name, error, of, turn)))
+            stack.enter_context(mock.patch.object(worker, "_FIRST_PAUSE_SECS", 0))
+            recorder = stack.enter_context(recording(base))
+            with Managing(recorder, num_kept=1) as managing:
+                for loss in any_losses(chance, 4):
+                    with suppress(CheckpointWriteError):  # the directory could not be opened
+                        managing.save(loss, numel=chance.choice([FEW, SEVERAL])).exception(TIMEOUT_SECS)
+                        managing.manager.wait(TIMEOUT_SECS)
+            return managed(f"{name} {turn} fails", recorder, 1)
+
+    return run
+
+
+def raising_once(name: str, error: int, of: Callable[[Any], bool], turn: int) -> Callable[..., Any]:
+    """The call itself, but at its `turn`-th time for something (its last argument) that `of` is about."""
+    num_calls = 0
+
+    def call(*args: Any) -> Any:
+        nonlocal num_calls
+        num_calls += of(args[-1])
+        if of(args[-1]) and num_calls == turn:
+            raise OSError(error, os.strerror(error))
+        return FUNCTIONS[name](*args)
+
+    return call
+
+
+def is_directory(fd: int) -> bool:
+    return stat.S_ISDIR(os.fstat(fd).st_mode)
+
+
+def is_file(fd: int) -> bool:
+    return not is_directory(fd)
+
+
+def is_checkpoint(path: str) -> bool:
+    return is_checkpoint_name(os.path.basename(path))
+
+
+def is_any(path: str) -> bool:
+    return True
 
 
 def recovery(chance: random.Random) -> Recording:
@@ -333,6 +369,9 @@ WORKLOADS: dict[str, Workload] = {
     "lost registry": lost_registry,
     "several blocks, O_DIRECT": many_blocks(direct=True),
     "several blocks, buffered": many_blocks(direct=False),
-    "an fsync fails": failing_sync,
+    "a file's fsync fails": failing("fsync", errno.EIO, is_file, 12),
+    "a directory's fsync fails": failing("fsync", errno.EIO, is_directory, 20),
+    "a rename fails": failing("rename", errno.ENOSPC, is_any, 10),
+    "an unlink fails": failing("unlink", errno.EIO, is_any, 10),
     "crash during recovery": recovery,
 }
