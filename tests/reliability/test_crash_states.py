@@ -14,11 +14,11 @@ from torch import nn
 
 import asyncckpt
 from asyncckpt import CheckpointManager
-from reliability.crash.exploring import Recording, Verdict, describe, verdicts
-from reliability.crash.workloads import RUN, WORKLOADS
+from reliability.crash.exploring import Recording, Seen, Verdict, describe, verdicts
+from reliability.crash.workloads import RUN, WORKLOADS, runs_of
 from reliability.gates import SEED, count, report
 
-NUM_STATES = count(60, full=1500)  # of each workload, at least
+NUM_STATES = count(60, full=1200)  # of each workload, at least
 LOADED_EVERY = 40  # so many states one is loaded by torch too
 
 
@@ -46,18 +46,17 @@ def totals() -> Iterator[dict[str, int]]:
 def test_every_crash_state_keeps_the_promise(name: str, totals: dict[str, int]) -> None:
     """The workload is run, with other losses and sizes each time, until there were so many states."""
     chance = random.Random(f"{SEED} {name}")
-    num_states = 0
-    while num_states < NUM_STATES:
-        recorded = WORKLOADS[name](chance)
-        for verdict in verdicts(recorded, chance):
-            num_states += 1
-            totals["bad"] += bool(verdict.faults)
-            assert not verdict.faults, f"seed {SEED}: {describe(recorded, verdict)}"
-            if num_states % LOADED_EVERY == 0:
-                totals["loads"] += check_loading(recorded, verdict)
-        totals["runs"] += 1
+    seen: Seen = set()
+    while len(seen) < NUM_STATES:
+        for recorded in runs_of(name, chance):
+            for verdict in verdicts(recorded, chance, seen):
+                totals["bad"] += bool(verdict.faults)
+                assert not verdict.faults, f"seed {SEED}: {describe(recorded, verdict)}"
+                if len(seen) % LOADED_EVERY == 0:
+                    totals["loads"] += check_loading(recorded, verdict)
+            totals["runs"] += 1
     totals["workloads"] += 1
-    totals["states"] += num_states
+    totals["states"] += len(seen)
 
 
 def check_loading(recorded: Recording, verdict: Verdict) -> bool:

@@ -47,10 +47,13 @@ class Verdict:
     faults: list[str]
 
 
-def verdicts(recording: Recording, chance: random.Random) -> Iterator[Verdict]:
-    """One for each state, told apart by the tree and by what had been promised."""
+Seen = set[tuple[bytes, tuple[object, ...]]]
+
+
+def verdicts(recording: Recording, chance: random.Random, seen: Seen | None = None) -> Iterator[Verdict]:
+    """One for each state that is not among those `seen`, told apart by the tree and by what had been promised."""
     promises = recording.promises()
-    seen: set[tuple[bytes, tuple[object, ...]]] = set()
+    seen = set() if seen is None else seen
     known: dict[bytes, Findings] = {}
     with memory_directory() as base:
         for number, state in enumerate(crash_states(recording.initial, recording.steps, chance)):

@@ -8,7 +8,7 @@ import os
 import random
 import stat
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from reliability.crash.states import CrashState, crash_states
 
 TIMEOUT_SECS = 60
 RUN = "run"
+_NUM_RECOVERIES = 20
 FEW, SEVERAL = 16, 5000  # tensor elements: a file within one block, and one of six
 
 Losses = Sequence[float | None]
@@ -243,11 +244,12 @@ def is_any(path: str) -> bool:
     return True
 
 
-def recovery(chance: random.Random) -> Recording:
-    """A crash while the directory is opened after a crash: of a few, the one that left the most to do."""
+def recoveries(chance: random.Random) -> Iterator[Recording]:
+    """A crash while the directory is opened after a crash, for some of the crash states of one run."""
     first = chance.choice([best_changes, same_name, kept(1), kept(2), pruning, concurrent_saves])(chance)
     states = list(crash_states(first.initial, first.steps, chance))
-    return max((recovery_from(first, chance.choice(states)) for _ in range(8)), key=lambda found: len(found.steps))
+    for crashed in chance.sample(states, min(_NUM_RECOVERIES, len(states))):
+        yield recovery_from(first, crashed)
 
 
 def recovery_from(first: Recording, crashed: CrashState) -> Recording:
@@ -355,7 +357,7 @@ def file_system(way: str, *, direct: bool = True) -> Iterator[None]:
 
 ROOMY: dict[str, Any] = {"max_in_flight": 100}
 
-WORKLOADS: dict[str, Workload] = {
+_RUNS: dict[str, Workload] = {
     "first save two missing levels deep": deep_directory,
     "one path overwritten": overwritten_path,
     "ranks side by side": ranks_side_by_side,
@@ -373,5 +375,13 @@ WORKLOADS: dict[str, Workload] = {
     "a directory's fsync fails": failing("fsync", errno.EIO, is_directory, 20),
     "a rename fails": failing("rename", errno.ENOSPC, is_any, 10),
     "an unlink fails": failing("unlink", errno.EIO, is_any, 10),
-    "crash during recovery": recovery,
 }
+
+
+def runs_of(name: str, chance: random.Random) -> Iterable[Recording]:
+    """Some runs of one of the `WORKLOADS`, with losses, sizes and the like as they come."""
+    return recoveries(chance) if name == RECOVERY else [_RUNS[name](chance)]
+
+
+RECOVERY = "crash during recovery"
+WORKLOADS = (*_RUNS, RECOVERY)
