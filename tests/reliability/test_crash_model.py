@@ -109,6 +109,7 @@ def test_a_write_of_several_blocks_tears() -> None:
     assert write.data in found
     assert write.data[:BLOCK] in found
     assert b"1" * BLOCK + bytes(BLOCK) + b"3" * 10 in found
+    assert b"1" * BLOCK + bytes(BLOCK + 10) in found
     assert b"o" * BLOCK + write.data[BLOCK:] in found
     assert left_by(write, Sync(FILE), disk=holding(a=b"o" * BLOCK)) == [{"a": write.data}]
 
