@@ -152,6 +152,12 @@ def interval(
     _show(report, advice.draw, as_json)
 
 
+@app.command()
+def run() -> None:
+    """Run a training command as a container's first process: it ends when the last checkpoint is written."""
+    raise AssertionError("unreachable")  # `__main__` sees to it before typer is imported; this is for --help
+
+
 def _show(report: Report, draw: Callable[[Report, Console], None], as_json: bool) -> None:
     if as_json:
         print_json(report)
