@@ -1,4 +1,4 @@
-"""A small init for containers, `asyncckpt run`: the container ends when the last checkpoint is written. Linux. No torch.
+"""A small init for containers, `asyncckpt run`: they end when the last checkpoint is written. Linux only; no torch.
 
 A container, and a job step, lives as long as its first process. If that is the training, and it is killed, the kernel
 kills the writer process with it, which was about to finish what had been staged. So this one goes first: it starts the
@@ -7,6 +7,7 @@ command, hands on signals, reaps whatever is left by dead parents, and at the en
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -83,9 +84,11 @@ class _Init:
             received = signal.sigtimedwait(self._signals, min(rest, _POLL_SECS))
             if received is not None:
                 self._take(received)
-                if received.si_signo in _ENDING and self._num_endings > 1:
-                    _say(f"told to end: leaving {_describe(pids)}, whose checkpoints may be lost")
-                    return
+                if received.si_signo in _ENDING:
+                    if self._num_endings > 1:
+                        _say(f"told to end: leaving {_describe(pids)}, whose checkpoints may be lost")
+                        return
+                    _say("told to end: waiting still; another SIGTERM ends that")
             self._reap()
 
     def _take(self, received: signal.struct_siginfo) -> None:
@@ -199,10 +202,8 @@ def _describe(pids: Sequence[int]) -> str:
 
 
 def _say(line: str) -> None:
-    try:
-        os.write(2, f"asyncckpt run: {line}\n".encode())
-    except OSError:  # nobody listens: no reason to leave anybody
-        pass
+    with contextlib.suppress(OSError):  # nobody listens: no reason to leave anybody
+        print(f"asyncckpt run: {line}", file=sys.stderr, flush=True)
 
 
 def _prctl(option: int, value: int | bytes) -> None:

@@ -19,6 +19,7 @@ CAUGHT = (
     *(signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2),
     *(signal.SIGALRM, signal.SIGCONT, signal.SIGWINCH, signal.SIGRTMIN + 3),
 )
+DIE = signal.SIGRTMIN + 4  # as if the kernel had killed it
 
 
 def say(said: int, line: str) -> None:
@@ -37,20 +38,23 @@ def writer(said: int, told: int, name: str = WRITER_NAME) -> None:
 
 def start_writer(said: int, told: int, *name: str) -> None:
     command = [sys.executable, __file__, "writer", str(said), str(told), *name]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=(said, told), start_new_session=True)
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=(said, told), start_new_session=True
+    )
     assert child.stdout is not None
     child.stdout.readline()
     say(said, f"writer {child.pid}")
 
 
 def training(said: int, told: int) -> None:
-    """Says which signals it gets, and ends at SIGTERM with 3; stopped by SIGUSR2 at once, as by the kernel."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
+    """Says which signals it gets, and ends at SIGTERM with 3."""
+    signals = {*CAUGHT, DIE}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     say(said, f"training {os.getpid()}")
     while True:
-        number = signal.sigwait(CAUGHT)
-        say(said, f"got {number}")
-        if number == signal.SIGUSR2:
+        number = signal.sigwait(signals)
+        say(said, f"got {int(number)}")
+        if number == DIE:
             os.kill(os.getpid(), signal.SIGKILL)
         if number == signal.SIGTERM:
             sys.exit(3)
@@ -59,13 +63,16 @@ def training(said: int, told: int) -> None:
 def saving(said: int, told: int, *name: str) -> None:
     """A training with a writer."""
     start_writer(said, told, *name)
+    print("ready", flush=True)
     training(said, told)
 
 
 def launcher(said: int, told: int) -> None:
-    """Ends at once; the training that it leaves behind, and its writer, go on."""
+    """Leaves a training behind, and ends."""
     command = [sys.executable, __file__, "saving", str(said), str(told)]
-    child = subprocess.Popen(command, pass_fds=(said, told))
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=(said, told))
+    assert child.stdout is not None
+    child.stdout.readline()
     say(said, f"launcher of {child.pid}")
 
 
