@@ -153,6 +153,20 @@ def interval(
 
 
 @app.command()
+def doctor(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Where checkpoints are to be saved.")] = ".",
+    as_json: _Json = False,
+) -> None:
+    """Say what a directory and this machine can do, and what to change. Exits with 1 if checkpoints are not safe."""
+    from asyncckpt.cli import diagnosis
+
+    examination = diagnosis.gather(directory)
+    _show(examination, diagnosis.draw, as_json)
+    if not examination.ok:
+        raise typer.Exit(FOUND)
+
+
+@app.command()
 def run() -> None:
     """Run a training command as a container's first process: it ends when the last checkpoint is written."""
     raise AssertionError("unreachable")  # `__main__` sees to it before typer is imported; this is for --help
