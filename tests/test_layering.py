@@ -17,7 +17,11 @@ PACKAGE = Path(asyncckpt.__file__).parent
 LAYERS = [
     "__main__",
     "cli.app cli.run",
-    "cli.inspection cli.difference cli.listing cli.verification cli.upkeep cli.advice",
+    "cli.inspection cli.difference cli.listing cli.verification cli.upkeep cli.advice cli.diagnosis",
+    "doctor.examination",
+    "doctor.destination doctor.machine doctor.process doctor.speed",
+    "doctor.file_system doctor.child",
+    "doctor.finding",
     "cli.tensors",
     "cli.output",
     "manager",
@@ -61,7 +65,9 @@ TORCH_FREE = {
     *("image.layout", "image.arena", "image.checksum", "image.verify", "image.file"),
     *("storage.base", "storage.local", "storage.system_calls"),
     *(f"storage.{name}" for name in ("files", "directories", "temporary", "links", "directory_lock")),
-    *(f"cli.{name}" for name in ("output", "listing", "verification", "upkeep", "advice", "run")),
+    *(f"cli.{name}" for name in ("output", "listing", "verification", "upkeep", "advice", "diagnosis", "run")),
+    *(f"doctor.{name}" for name in ("finding", "child", "file_system", "destination", "machine", "process", "speed")),
+    "doctor.examination",
     *(f"service.{name}" for name in ("queue", "worker", "handle", "admission", "order", "memory", "exit")),
 }
 

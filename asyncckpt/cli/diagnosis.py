@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from rich.console import Console
 
 from asyncckpt.cli.output import clean, format_count, make_console, make_table
@@ -23,14 +25,14 @@ def gather(directory: str) -> Examination:
 
 def draw(examination: Examination, console: Console) -> None:
     """A row for each check, and one line that sums up."""
-    table = make_table("", "check", "found", "asyncckpt", "what to change")
+    table = make_table("", "check", "found", "asyncckpt then", "what to change")
     for finding in examination.findings:
         cells = (_SIGNS[finding.status], finding.name, finding.found, finding.choice, finding.advice)
         table.add_row(*map(clean, cells), style=_STYLES[finding.status])
     console.print(table)
     console.print()
-    if examination.tested_in != examination.path:
-        console.print(f"examined in {clean(examination.tested_in)}")
+    if examination.tested_in != os.path.abspath(examination.path):
+        console.print(f"examined in {clean(examination.tested_in)}, since {clean(examination.path)} does not exist yet")
     console.print(_sum_up(examination), style="bold")
 
 

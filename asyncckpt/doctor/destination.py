@@ -22,6 +22,7 @@ from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.temporary import create_temporary, temporary_path
 
 _NUM_SYNCS = 8
+_MAX_SYNCS_SECS = 0.5
 _SUSPICIOUS_SYNC_SECS = 30e-6  # the fastest disks take longer, unless their caches survive a power cut
 _SLOW_SYNC_SECS = 0.1
 _LEAST_BYTES = 16 << 20
@@ -101,7 +102,7 @@ def check_fsync(place: Place) -> Finding:
         return Finding(PROBLEM, "libeatmydata is loaded: fsync does nothing", "", "run without it")
     try:
         with _probe_file(place) as (file, _):
-            secs = statistics.median(_sync_secs(file, number) for number in range(_NUM_SYNCS))
+            secs = statistics.median(_sync_secs(file))
     except OSError as error:
         return Finding(PROBLEM, f"fsync fails: {reason(error)}", "every save fails", "mend the storage")
     found = f"of 4 kB takes {format_latency(secs)}"
@@ -114,11 +115,17 @@ def check_fsync(place: Place) -> Finding:
     return Finding(WARNING, found, choice, "ask whoever runs the storage which of the two it is")
 
 
-def _sync_secs(file: Descriptor, number: int) -> float:
-    write_all(file.fd, number * PAGE_BYTES, memoryview(os.urandom(PAGE_BYTES)))
-    started = time.perf_counter()
-    system_calls.fsync(file.fd)
-    return time.perf_counter() - started
+def _sync_secs(file: Descriptor) -> Iterator[float]:
+    """How long each of a few took, every time of a new page."""
+    first = time.perf_counter()
+    for number in range(_NUM_SYNCS):
+        write_all(file.fd, number * PAGE_BYTES, memoryview(os.urandom(PAGE_BYTES)))
+        started = time.perf_counter()
+        system_calls.fsync(file.fd)
+        ended = time.perf_counter()
+        yield ended - started
+        if ended - first > _MAX_SYNCS_SECS:
+            return
 
 
 def check_directory_fsync(place: Place) -> Finding:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 from asyncckpt.doctor import destination, file_system, machine, process, speed
@@ -58,13 +57,7 @@ class Examination:
     findings: Sequence[Finding]
 
 
-def examine(
-    path: str,
-    tell: Callable[[str], object] = lambda name: None,
-    *,
-    root: Path = Path("/"),
-    environment: Mapping[str, str] = os.environ,
-) -> Examination:
+def examine(path: str, tell: Callable[[str], object] = lambda name: None) -> Examination:
     """Run all checks on a directory; `tell` hears the name of each before it begins. Blocks, for some seconds.
 
     A directory that does not exist is not made: the nearest one above is examined. Files that are tried are gone again
@@ -74,7 +67,7 @@ def examine(
         raise CheckpointError(f"{path}: this version examines local directories only")
     directory = _nearest_directory(os.path.abspath(path))
     token = f"doctor-{secrets.token_hex(8)}"
-    place = Place(directory, os.path.join(directory, token), root, environment)
+    place = Place(directory, os.path.join(directory, token))
     findings: list[Finding] = []
     try:
         for check in CHECKS:
