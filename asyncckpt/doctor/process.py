@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -96,9 +97,28 @@ def check_oom(place: Place) -> Finding:
     except (OSError, StopIteration, ValueError):
         return Finding(NOTE, "unknown: no /proc/self/oom_score_adj")
     found = f"oom_score_adj {score} (-1000 is never killed, 1000 first)"
+    if _is_killed_as_one(place):
+        found += "; memory.oom.group: all processes are killed together"
+        advice = "leave memory to spare, or let the kubelet set singleProcessOOMKill"
+        return Finding(WARNING, found, "a writer process dies with the trainer: only what wait() saw is safe", advice)
     if int(capabilities, 16) >> _CAP_SYS_RESOURCE & 1:
         return Finding(OK, found, "a writer process may get a lower one than the trainer")
     return Finding(NOTE, found, "a writer process gets the same: only a privileged one may lower it")
+
+
+def _is_killed_as_one(place: Place) -> bool:
+    """Whether a control group over this process (version 2) says so, as Kubernetes since 1.28 makes them."""
+    try:
+        lines = place.read("proc/self/cgroup").splitlines()
+    except OSError:
+        return False
+    for group in (line.removeprefix("0::/") for line in lines if line.startswith("0::/")):
+        parts = [part for part in group.split("/") if part]
+        for length in range(len(parts), -1, -1):
+            with contextlib.suppress(OSError):
+                if place.read("/".join(["sys/fs/cgroup", *parts[:length], "memory.oom.group"])).strip() == "1":
+                    return True
+    return False
 
 
 def check_writer(place: Place) -> Finding:

@@ -55,18 +55,18 @@ def test_kinds_of_file_systems(tmp_path: Path, kind: str, options: str, status: 
 
 def test_the_mount_that_counts(tmp_path: Path) -> None:
     """The innermost, the last of two on one point; not one whose name only begins alike; with blanks in its name."""
-    directory = tmp_path / "a b"
-    directory.mkdir()
-    point = str(directory).replace(" ", "\\040")
+    directory = tmp_path / "a b" / "runs-2"
+    directory.mkdir(parents=True)
+    point = str(directory.parent).replace(" ", "\\040")
     lines = [
         ROOT_MOUNT,
         f"40 27 0:50 / {point} rw - xfs source rw\n",
         f"41 27 0:51 / {point} rw - btrfs source rw\n",
         f"42 27 0:52 / {tmp_path} rw - ext3 source rw\n",
-        f"43 27 0:53 / {tmp_path}/a rw - tmpfs source rw\n",
+        f"43 27 0:53 / {point}/runs rw - tmpfs source rw\n",
     ]
     place = made_up(tmp_path, {"proc/self/mountinfo": "".join(lines)})
-    assert check_file_system(Place(str(directory), root=place.root)).found == f"btrfs at {directory}"
+    assert check_file_system(Place(str(directory), root=place.root)).found == f"btrfs at {directory.parent}"
 
 
 def test_where_mounts_are_unknown(tmp_path: Path) -> None:
@@ -153,6 +153,24 @@ def test_the_oom_killer(tmp_path: Path, capabilities: str, status: str) -> None:
     assert finding.status == status
     assert "oom_score_adj 300" in finding.found
     assert process.check_oom(made_up(tmp_path / "nothing", {})).status == NOTE
+
+
+@pytest.mark.parametrize(
+    ("groups", "status"),
+    [({"pod/job": "0"}, NOTE), ({"pod/job": "1"}, WARNING), ({"pod/job": "0", "pod": "1"}, WARNING), ({}, NOTE)],
+)
+def test_a_group_that_is_killed_as_one(tmp_path: Path, groups: Mapping[str, str], status: str) -> None:
+    """As Kubernetes sets it up: the writer process dies with the trainer."""
+    files = {
+        "proc/self/oom_score_adj": "0\n",
+        "proc/self/status": "CapEff:\t0000000000000000\n",
+        "proc/self/cgroup": "1:name=systemd:/other\n0::/pod/job\n",
+        "sys/fs/cgroup/other/memory.oom.group": "1\n",
+        **{f"sys/fs/cgroup/{path}/memory.oom.group": f"{value}\n" for path, value in groups.items()},
+    }
+    finding = process.check_oom(made_up(tmp_path, files))
+    assert finding.status == status
+    assert ("memory.oom.group" in finding.found) == (status == WARNING)
 
 
 @pytest.mark.parametrize(("gib", "status"), [(1, WARNING), (10, OK)])
