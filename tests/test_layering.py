@@ -16,8 +16,12 @@ PACKAGE = Path(asyncckpt.__file__).parent
 # every line below.
 LAYERS = [
     "__main__",
-    "cli.app",
-    "cli.inspection cli.difference cli.listing cli.verification cli.upkeep cli.advice",
+    "cli.app cli.run",
+    "cli.inspection cli.difference cli.listing cli.verification cli.upkeep cli.advice cli.diagnosis",
+    "doctor.examination",
+    "doctor.destination doctor.machine doctor.process doctor.speed",
+    "doctor.file_system doctor.child",
+    "doctor.finding",
     "cli.tensors",
     "cli.output",
     "manager",
@@ -54,17 +58,20 @@ LAYERS = [
     "image.checksum",
     "image.layout image.arena",
     "policies registry.retention overhead",
+    "init",
     "naming events threads interval",
     "records",
     "errors version",
 ]
 TORCH_FREE = {
-    *("errors", "events", "naming", "records", "threads", "version", "policies", "interval", "overhead"),
+    *("errors", "events", "init", "naming", "records", "threads", "version", "policies", "interval", "overhead"),
     *("registry.registry", "registry.retention", "registry.recovery", "registry.directory"),
     *("image.layout", "image.arena", "image.checksum", "image.verify", "image.file"),
     *("storage.base", "storage.local", "storage.system_calls"),
     *(f"storage.{name}" for name in ("files", "directories", "temporary", "links", "directory_lock")),
-    *(f"cli.{name}" for name in ("output", "listing", "verification", "upkeep", "advice")),
+    *(f"cli.{name}" for name in ("output", "listing", "verification", "upkeep", "advice", "diagnosis", "run")),
+    *(f"doctor.{name}" for name in ("finding", "child", "file_system", "destination", "machine", "process", "speed")),
+    "doctor.examination",
     *(f"service.{name}" for name in ("queue", "worker", "handle", "admission", "order", "memory", "exit")),
     *(f"service.{name}" for name in ("process_queue", "writer", "writer_process", "messages", "connection")),
 }
