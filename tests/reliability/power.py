@@ -1,0 +1,76 @@
+"""A file system of one's own whose power can be cut: ext4 or XFS in a loop-mounted image."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from storage.mounts import memory_directory
+
+from reliability.gates import not_checked
+
+_SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN
+_WITHOUT_FLUSHING_THE_LOG = struct.pack("I", 2)
+_MEBIBYTES = {"ext4": 64, "xfs": 320}  # about the smallest that mkfs takes
+
+
+class PoweredFileSystem:
+    """Mounted at `mount`."""
+
+    def __init__(self, image: Path, mount: Path) -> None:
+        self._image, self.mount = image, mount
+
+    def cut(self) -> None:
+        """From now on nothing reaches the disk, and every call fails."""
+        cut_power(self.mount)
+
+    def restore(self) -> None:
+        """Mount again what had reached the disk. Nobody may have a file open there."""
+        subprocess.run(["umount", str(self.mount)], check=True)
+        self.switch_on()
+
+    def switch_on(self) -> None:
+        mounted = subprocess.run(
+            ["mount", "-o", "loop", str(self._image), str(self.mount)], capture_output=True, text=True, check=False
+        )
+        if mounted.returncode != 0:
+            not_checked(f"a loop mount is refused here: {mounted.stderr.strip()}")
+        assert os.stat(self.mount).st_dev != os.stat("/").st_dev, "this would cut the power of the machine's own disk"
+
+
+def cut_power(mount: str | os.PathLike[str]) -> None:
+    directory = os.open(mount, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        assert os.fstat(directory).st_dev != os.stat("/").st_dev, "this is the machine's own disk"
+        fcntl.ioctl(directory, _SHUTDOWN, _WITHOUT_FLUSHING_THE_LOG)
+    finally:
+        os.close(directory)
+
+
+@contextmanager
+def powered_file_system(kind: str) -> Iterator[PoweredFileSystem]:
+    """A new one; skips, loudly, where this process may not."""
+    if sys.platform != "linux" or os.geteuid() != 0 or not os.path.exists("/dev/loop-control"):
+        not_checked("cutting the power of a file system needs Linux, root and loop devices")
+    if shutil.which(f"mkfs.{kind}") is None:
+        not_checked(f"mkfs.{kind} is not installed")
+    with memory_directory() as directory:
+        image, mount = directory / "image", directory / "mount"
+        mount.mkdir()
+        with image.open("wb") as file:
+            file.truncate(_MEBIBYTES[kind] << 20)
+        subprocess.run([f"mkfs.{kind}", "-q", str(image)], check=True)
+        file_system = PoweredFileSystem(image, mount)
+        try:
+            file_system.switch_on()
+            yield file_system
+        finally:
+            if os.path.ismount(mount):
+                subprocess.run(["umount", "--lazy", str(mount)], check=True)  # the loop device goes with it
