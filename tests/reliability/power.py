@@ -72,5 +72,5 @@ def powered_file_system(kind: str) -> Iterator[PoweredFileSystem]:
             file_system.switch_on()
             yield file_system
         finally:
-            if os.path.ismount(mount):
-                subprocess.run(["umount", "--lazy", str(mount)], check=True)  # the loop device goes with it
+            # The loop device goes with it. Lazily: after a failure somebody may have a file open there.
+            subprocess.run(["umount", "--lazy", str(mount)], stderr=subprocess.DEVNULL, check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
@@ -112,7 +113,8 @@ def run_and_cut(
     while (line := server.next_line(0)) is not None:
         before.append(line)
     file_system.cut()
-    os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it may have ended with an error by now
+        os.kill(pid, signal.SIGKILL)
     return before, server.lines_until_end()
 
 
