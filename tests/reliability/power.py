@@ -24,8 +24,9 @@ _MEBIBYTES = {"ext4": 64, "xfs": 320}  # about the smallest that mkfs takes
 class PoweredFileSystem:
     """Mounted at `mount`."""
 
-    def __init__(self, image: Path, mount: Path) -> None:
+    def __init__(self, image: Path, mount: Path, *options: str) -> None:
         self._image, self.mount = image, mount
+        self._options = ",".join(["loop", *options])
 
     def cut(self) -> None:
         """From now on nothing reaches the disk, and every call fails."""
@@ -37,12 +38,15 @@ class PoweredFileSystem:
         self.switch_on()
 
     def switch_on(self) -> None:
-        mounted = subprocess.run(
-            ["mount", "-o", "loop", str(self._image), str(self.mount)], capture_output=True, text=True, check=False
-        )
+        command = ["mount", "-o", self._options, str(self._image), str(self.mount)]
+        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
         if mounted.returncode != 0:
             not_checked(f"a loop mount is refused here: {mounted.stderr.strip()}")
         assert os.stat(self.mount).st_dev != os.stat("/").st_dev, "this would cut the power of the machine's own disk"
+
+    def switch_off(self) -> None:
+        """For good; the loop device goes with it. Lazily: after a failure somebody may have a file open there."""
+        subprocess.run(["umount", "--lazy", str(self.mount)], stderr=subprocess.DEVNULL, check=False)
 
 
 def cut_power(mount: str | os.PathLike[str]) -> None:
@@ -54,11 +58,15 @@ def cut_power(mount: str | os.PathLike[str]) -> None:
         os.close(directory)
 
 
+def check_that_loops_can_be_mounted() -> None:
+    if sys.platform != "linux" or os.geteuid() != 0 or not os.path.exists("/dev/loop-control"):
+        not_checked("a file system of one's own needs Linux, root and loop devices")
+
+
 @contextmanager
 def powered_file_system(kind: str) -> Iterator[PoweredFileSystem]:
     """A new one; skips, loudly, where this process may not."""
-    if sys.platform != "linux" or os.geteuid() != 0 or not os.path.exists("/dev/loop-control"):
-        not_checked("cutting the power of a file system needs Linux, root and loop devices")
+    check_that_loops_can_be_mounted()
     if shutil.which(f"mkfs.{kind}") is None:
         not_checked(f"mkfs.{kind} is not installed")
     with memory_directory() as directory:
@@ -72,5 +80,4 @@ def powered_file_system(kind: str) -> Iterator[PoweredFileSystem]:
             file_system.switch_on()
             yield file_system
         finally:
-            # The loop device goes with it. Lazily: after a failure somebody may have a file open there.
-            subprocess.run(["umount", "--lazy", str(mount)], stderr=subprocess.DEVNULL, check=False)
+            file_system.switch_off()
