@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from reliability.gates import not_checked
 _SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN
 _WITHOUT_FLUSHING_THE_LOG = struct.pack("I", 2)
 _MEBIBYTES = {"ext4": 64, "xfs": 320}  # about the smallest that mkfs takes
+_DETACH_SECS = 60.0
 
 
 class PoweredFileSystem:
@@ -35,7 +37,15 @@ class PoweredFileSystem:
     def restore(self) -> None:
         """Mount again what had reached the disk. Nobody may have a file open there."""
         subprocess.run(["umount", str(self.mount)], check=True)
+        self._wait_until_detached()
         self.switch_on()
+
+    def _wait_until_detached(self) -> None:
+        """A mount namespace that somebody has made meanwhile holds a copy of the mount: the next one would be that."""
+        deadline = time.monotonic() + _DETACH_SECS
+        while subprocess.run(["losetup", "-j", str(self._image)], capture_output=True, check=True).stdout:
+            assert time.monotonic() < deadline, "somebody holds the file system mounted"
+            time.sleep(0.01)
 
     def switch_on(self) -> None:
         command = ["mount", "-o", self._options, str(self._image), str(self.mount)]
