@@ -462,7 +462,8 @@ class CheckpointDirectory:
             try:
                 self._write(pruned)
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                if not is_full or not self._is_recorded:  # what is to be kept may not be durable yet
                     raise
                 # Room first: should we die here, whoever opens the directory next finds these files gone, no more.
                 self._registry, self._is_recorded = pruned, False
