@@ -33,12 +33,14 @@ def restore_checkpoint(
     stateful: Mapping[str, Any] | None = None,
     strict: bool = True,
     restore_rng: bool = True,
+    gives_memory: bool = False,
 ) -> None:
     """Put a checkpoint's states into the objects given. Blocks.
 
     The model may be wrapped (DDP, torch.compile) or plain, whichever it was when saved. It is moved to `device` before
     the optimizer's state follows its parameters there; random number generators come last. Nothing that lives on is
-    mapped from the checkpoint's file: the memory of tensors is copied once.
+    mapped from the checkpoint's file: the memory of tensors is copied once. A checkpoint that `gives_memory` has memory
+    of its own, which nobody else needs: the optimizer may keep it.
 
     Raises TypeError for a stateful object without a state, and CheckpointError if the checkpoint lacks what is asked
     for, does not fit the model or optimizer, or the model is on the meta device, both before anything is changed. What
@@ -69,7 +71,10 @@ def restore_checkpoint(
     if device is not None:
         model.to(device)
     if optimizer is not None and checkpoint.get("optimizer_state_dict") is not None:
-        _load_optimizer(optimizer, checkpoint["optimizer_state_dict"])
+        if gives_memory:
+            optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        else:
+            _load_optimizer(optimizer, checkpoint["optimizer_state_dict"])
     if scheduler is not None and checkpoint.get("scheduler_state_dict") is not None:
         scheduler.load_state_dict(cloned(checkpoint["scheduler_state_dict"]))
     states = checkpoint.get("stateful") or {}
