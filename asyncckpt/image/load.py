@@ -93,7 +93,7 @@ def load_from(
                 raise
         else:
             if reader.last_change() == before:
-                return Loaded(state, payloads and MappedFile(reader, payloads))
+                return Loaded(state, MappedFile(reader, payloads) if payloads is not None else None)
         # Somebody writes to the file, or has only touched it: what was loaded may not be what was checked.
     raise CorruptCheckpointError(f"{path} keeps being written to while it is loaded")
 

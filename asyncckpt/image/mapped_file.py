@@ -70,7 +70,7 @@ class MappedFile:
     def _payload(self, offset: int, num_bytes: int) -> Payload:
         payload = self._payloads.at(offset)
         if payload is None or payload.num_bytes < num_bytes:
-            raise CorruptCheckpointError(f"a tensor's bytes, {num_bytes:,} from {offset:,} on, are no record of the file")
+            raise CorruptCheckpointError(f"a tensor's {num_bytes:,} bytes from {offset:,} on are no record of the file")
         return payload
 
 

@@ -632,7 +632,7 @@ def test_what_was_verified_is_what_is_loaded(small: bytes, tmp_path: Path, monke
     other = put(tmp_path, image_of({"other": 1}), "other.pt")
     check = load_module._check
 
-    def check_then_replace(*args: Any) -> bool:
+    def check_then_replace(*args: Any) -> Any:
         checked = check(*args)
         os.replace(other, path)
         return checked
