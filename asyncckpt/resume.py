@@ -6,7 +6,6 @@ import errno
 import logging
 import operator
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,15 +16,14 @@ import torch
 from asyncckpt.distributed.ranks import OtherRankError, Ranks
 from asyncckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 from asyncckpt.image.file import open_checkpoint
-from asyncckpt.image.load import Loaded, load_from
+from asyncckpt.image.load import Loaded, load_to_restore
 from asyncckpt.image.verify import read_metadata
 from asyncckpt.naming import BEST_NAME
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.directory import CheckpointDirectory, Report
 from asyncckpt.registry.recovery import Survey, file_of
 from asyncckpt.registry.registry import FileDescription, read_description
-from asyncckpt.state.restore import restore_checkpoint
-from asyncckpt.state.stateful import cloned
+from asyncckpt.state.restore import restore_checkpoint, taken_apart
 from asyncckpt.threads import log_quietly
 
 _NUM_LOOKS = 3  # at a directory that another process prunes meanwhile
@@ -60,13 +58,9 @@ class Target:
             states = {**states, **own["stateful"]}
         elif rank_states is not None or ranks.size > 1:
             taken["rng_states"] = None
-        read = loaded.file.fill if loaded.file is not None else None
-        for key, is_wanted in self._wanted().items():
-            if is_wanted and key in taken:
-                taken[key] = cloned(taken[key], read=read)
-        wanted = {name: state for name, state in states.items() if name in self._objects()}
-        taken["stateful"] = {**states, **cloned(wanted, read=read)}
-        return taken
+        objects = self._objects()
+        taken["stateful"] = taken_apart(states, loaded, [name for name in states if name in objects])
+        return taken_apart(taken, loaded, self._wanted())
 
     def restore(self, taken: dict[str, Any], ranks: Ranks) -> None:
         """Put in place what was taken."""
@@ -93,13 +87,9 @@ class Target:
             gives_memory=True,
         )
 
-    def _wanted(self) -> dict[str, bool]:
-        return {
-            "model_state_dict": True,
-            "optimizer_state_dict": self.optimizer is not None,
-            "scheduler_state_dict": self.scheduler is not None,
-            "rng_states": self.restore_rng,
-        }
+    def _wanted(self) -> list[str]:
+        keys = ["model_state_dict"] + ["optimizer_state_dict"] * (self.optimizer is not None)
+        return keys + ["scheduler_state_dict"] * (self.scheduler is not None) + ["rng_states"] * self.restore_rng
 
     def _objects(self) -> dict[str, Any]:
         return {**(self.stateful or {}), **(self.rank_stateful or {})}
@@ -263,11 +253,10 @@ def _read(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Load a checkpoint's file, and take from it while it is open; the checkpoint, and what was taken.
 
-    One that the registry named must be what it says, and is not looked for by a link. It is mapped only where all that
-    is restored can be read apart from the mapping: freely unpickled objects hide tensors.
+    One that the registry named must be what it says, and is not looked for by a link.
     """
     with open_checkpoint(path, follow_links=expected is None) as reader:
-        loaded = load_from(reader, path, weights_only=weights_only, mmap=weights_only and sys.platform == "linux")
+        loaded = load_to_restore(reader, path, weights_only=weights_only)
         if expected is not None:
             expected.check(read_description(read_metadata(reader), reader.num_bytes))
         if not isinstance(loaded.state, dict) or "model_state_dict" not in loaded.state:

@@ -98,6 +98,14 @@ def load_from(
     raise CorruptCheckpointError(f"{path} keeps being written to while it is loaded")
 
 
+def load_to_restore(reader: LocalReader, path: str, *, weights_only: bool = True) -> Loaded:
+    """As `load_from`, mapped only where all tensors can be read apart from the mapping.
+
+    Objects that are unpickled freely hide theirs, and other systems than Linux don't say what is mapped where.
+    """
+    return load_from(reader, path, weights_only=weights_only, mmap=weights_only and sys.platform == "linux")
+
+
 def _check(reader: Reader, path: str) -> Payloads | None:
     """Raise unless the file is whole; None for the legacy format, which has no checksums."""
     start = memoryview(bytearray(min(len(_LEGACY_MAGIC), reader.num_bytes)))

@@ -85,9 +85,7 @@ def verify_reader(reader: Reader, path: str, *, num_threads: int = 1) -> VerifyR
     return report
 
 
-def verify_payloads(
-    reader: Reader, path: str, *, num_threads: int = 1
-) -> tuple[VerifyReport, Sequence[Payload]]:
+def verify_payloads(reader: Reader, path: str, *, num_threads: int = 1) -> tuple[VerifyReport, Sequence[Payload]]:
     """As `verify_reader`, with where each record's bytes lie; none if there are problems."""
     try:
         archive = read_archive(reader)

@@ -6,13 +6,14 @@ import copy
 import logging
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from asyncckpt.errors import CheckpointError
+from asyncckpt.image.load import Loaded
 from asyncckpt.state.capture import unwrap
 from asyncckpt.state.rng import restore_rng_states
 from asyncckpt.state.stateful import check_stateful, cloned, restore_stateful, storages_of
@@ -21,6 +22,16 @@ logger = logging.getLogger("asyncckpt")
 
 _MAX_NAMED = 5
 _EXTRA_STATE = "_extra_state"  # what torch appends to the prefix of a module that has get_extra_state()
+
+
+def taken_apart(states: Mapping[str, Any], loaded: Loaded, keys: Iterable[str]) -> dict[str, Any]:
+    """The states of a loaded checkpoint, those under `keys` each in memory of its own. Blocks, without the GIL.
+
+    What is mapped is read from the file, which must still be open, against its checksums. Raises
+    `CorruptCheckpointError` if that is damaged by now, and OSError when it can't be read.
+    """
+    read = loaded.file.fill if loaded.file is not None else None
+    return {**states, **{key: cloned(states[key], read=read) for key in keys if key in states}}
 
 
 def restore_checkpoint(
