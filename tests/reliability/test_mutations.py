@@ -18,10 +18,18 @@ from reliability.bugs import BUGS, Patch
 from reliability.crash import workloads
 from reliability.crash.damage import faults_after_damage
 from reliability.crash.exploring import verdicts
-from reliability.crash.workloads import Workload, best_changes, failing, is_checkpoint, is_directory, is_file, kept
+from reliability.crash.workloads import (
+    Workload,
+    best_changes,
+    failing,
+    is_checkpoint,
+    is_checkpoint_directory,
+    is_file,
+    kept,
+)
 from reliability.gates import SEED, report
 
-MAX_RUNS = 20  # of one workload, each time with other losses, sizes and faults
+MAX_RUNS = 60  # of one workload, each time with other losses, sizes and faults
 
 Check = Callable[[random.Random], Iterator[list[str]]]
 
@@ -72,7 +80,7 @@ CATCHES = {
         FSYNCGATE, crash(failing("fsync", errno.EIO, is_file, 4)), f"{TORN}|the registry is damaged"
     ),
     "a failed sync of the directory is no error": Catch(
-        FSYNCGATE, crash(failing("fsync", errno.EIO, is_directory, 8)), f"{LOST}|{UNRECORDED}|which is gone"
+        FSYNCGATE, crash(failing("fsync", errno.EIO, is_checkpoint_directory, 6)), f"{LOST}|{UNRECORDED}|which is gone"
     ),
     "the registry is written before the checkpoint is there": Catch(STATES, KEEPING_TWO, "which is gone"),
     "old files are deleted before the registry is written": Catch(STATES, KEEPING_ONE, "which is gone"),

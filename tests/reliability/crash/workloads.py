@@ -207,12 +207,12 @@ def failing(name: str, error: int, of: Callable[[Any], bool], num_turns: int) ->
             stack.enter_context(patched(name, raising_once(name, error, of, turn)))
             stack.enter_context(mock.patch.object(worker, "_FIRST_PAUSE_SECS", 0))
             recorder = stack.enter_context(recording(base))
-            with Managing(recorder, num_kept=1) as managing:
-                for loss in any_losses(chance, 4):
+            with Managing(recorder) as managing:
+                for loss in any_losses(chance, 5):
                     with suppress(CheckpointWriteError):  # the directory could not be opened
                         managing.save(loss, numel=chance.choice([FEW, SEVERAL])).exception(TIMEOUT_SECS)
                         managing.manager.wait(TIMEOUT_SECS)
-            return managed(f"{name} {turn} fails", recorder, 1)
+            return managed(f"{name} {turn} fails", recorder, 2)
 
     return run
 
@@ -237,6 +237,10 @@ def is_directory(fd: int) -> bool:
 
 def is_file(fd: int) -> bool:
     return not is_directory(fd)
+
+
+def is_checkpoint_directory(fd: int) -> bool:
+    return is_directory(fd) and os.path.basename(os.readlink(f"/proc/self/fd/{fd}")) == RUN
 
 
 def is_checkpoint(path: str) -> bool:
