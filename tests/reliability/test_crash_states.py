@@ -41,7 +41,7 @@ def totals() -> Iterator[dict[str, int]]:
     )
 
 
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(count(300, full=3600))
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_every_crash_state_keeps_the_promise(name: str, totals: dict[str, int]) -> None:
     """The workload is run, with other losses and sizes each time, until there were so many states."""

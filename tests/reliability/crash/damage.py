@@ -20,7 +20,7 @@ from reliability.crash.workloads import RUN, best_changes
 
 def faults_after_damage(chance: random.Random) -> Iterator[list[str]]:
     """Of one run, in which each save replaces the one before: for each crash state, what opening it did wrong."""
-    recorded = best_changes(chance)
+    recorded = best_changes("clone", "hard link")(chance)
     with memory_directory() as base:
         for number, verdict in enumerate(verdicts(recorded, chance)):
             newest = verdict.findings.newest

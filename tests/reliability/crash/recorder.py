@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from storage.seam import FUNCTIONS
 
@@ -32,25 +34,23 @@ class Recorder:
         self.initial = Disk.read(base)
         self.live = self.initial.copy()
         self.steps: list[Step] = []
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()  # taken last of all, and given back before anything else is waited for
         self._open: dict[int, int] = {}  # descriptor → inode
         self._mute: set[int] = set()  # inodes of locks
-        self._numbers: dict[int, int] = {}  # id of a handle → number of the state
-        self._handles: list[SaveHandle] = []
+        self._submitting = threading.local()
+        self._patches = ExitStack()
         self._next_inode = 1 + max([*self.live.files, *self.live.directories])
 
     def __enter__(self) -> Recorder:
-        self._before = {name: getattr(system_calls, name) for name in FUNCTIONS if hasattr(self, f"_note_{name}")}
-        for name, function in self._before.items():
-            setattr(system_calls, name, self._tap(name, function))
-        self._settle = SaveHandle.settle
-        SaveHandle.settle = self._tap_settle(self._settle)  # type: ignore[method-assign]
+        for name in FUNCTIONS:
+            if hasattr(self, f"_note_{name}"):
+                tapped = self._tap(name, getattr(system_calls, name))
+                self._patches.enter_context(mock.patch.object(system_calls, name, tapped))
+        self._tap_handles()
         return self
 
     def __exit__(self, *_: object) -> None:
-        SaveHandle.settle = self._settle  # type: ignore[method-assign]
-        for name, function in self._before.items():
-            setattr(system_calls, name, function)
+        self._patches.close()
 
     @property
     def facts(self) -> list[Fact]:
@@ -61,18 +61,17 @@ class Recorder:
             self.steps.append(fact)
 
     def submit(self, number: int, loss: float | None, save: Callable[[], SaveHandle | None]) -> SaveHandle:
-        """Call `save`, for the state of that number. There must be room in flight: until it returns, nobody else
-        writes, so that no acknowledgement comes before its handle is known."""
-        with self._lock:
-            self.note(Submitted(number, loss))
-            try:
-                handle = save()
-            except Exception:
-                self.note(Failed(number))
-                raise
-            assert handle is not None
-            self._numbers[id(handle)] = number
-            self._handles.append(handle)  # so that its id is not used again
+        """Call `save`, for the state of that number."""
+        self.note(Submitted(number, loss))
+        self._submitting.number = number
+        try:
+            handle = save()
+        except Exception:
+            self.note(Failed(number))
+            raise
+        finally:
+            self._submitting.number = None
+        assert handle is not None
         return handle
 
     # --- taps ---
@@ -93,20 +92,26 @@ class Recorder:
 
         return tapped
 
-    def _tap_settle(self, settle: Callable[..., None]) -> Callable[..., None]:
-        """Noted before anybody can know of it."""
+    def _tap_handles(self) -> None:
+        """Each handle gets the number of its state when it is made, and its outcome is noted before anybody can know
+        of it."""
+        make, settle = SaveHandle.__init__, SaveHandle.settle
+        numbers: weakref.WeakKeyDictionary[SaveHandle, int | None] = weakref.WeakKeyDictionary()
 
-        def tapped(handle: SaveHandle, info: CheckpointInfo | None, error: BaseException | None) -> None:
-            with self._lock:
-                number = self._numbers.get(id(handle))
-                if number is not None and error is not None:
-                    self.note(Failed(number))
-                elif number is not None and info is not None:
-                    path = os.path.relpath(info.filepath, self.base)
-                    self.note(Acknowledged(number, path, info.sequence))
-                settle(handle, info, error)
+        def made(handle: SaveHandle, *args: Any) -> None:
+            make(handle, *args)
+            numbers[handle] = getattr(self._submitting, "number", None)
 
-        return tapped
+        def settled(handle: SaveHandle, info: CheckpointInfo | None, error: BaseException | None) -> None:
+            number = numbers.get(handle)
+            if number is not None and error is not None:
+                self.note(Failed(number))
+            elif number is not None and info is not None:
+                self.note(Acknowledged(number, os.path.relpath(info.filepath, self.base), info.sequence))
+            settle(handle, info, error)
+
+        self._patches.enter_context(mock.patch.object(SaveHandle, "__init__", made))
+        self._patches.enter_context(mock.patch.object(SaveHandle, "settle", settled))
 
     # --- what each call did ---
 

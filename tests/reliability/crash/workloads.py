@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from storage.mounts import memory_directory
 from storage.seam import FUNCTIONS, raising
-from storage.test_links import copy_bytes
+from storage.test_links import WAYS, copy_bytes
 from torch import nn
 
 from asyncckpt import AsyncCheckpointSaver, CheckpointManager, CheckpointWriteError, KeepLast, SaveHandle
@@ -52,8 +52,7 @@ class Managing:
         self.recorder = recorder
         self.number = first
         recorder.note(Retention(num_kept))
-        options = {"max_in_flight": 100, "save_rng": False, **options}
-        self.manager = CheckpointManager(recorder.base / path, retention=KeepLast(num_kept), **options)
+        self.manager = CheckpointManager(recorder.base / path, num_kept, save_rng=False, **options)
 
     def __enter__(self) -> Managing:
         return self
@@ -107,17 +106,21 @@ def kept(num_kept: int) -> Workload:
     return run
 
 
-def best_changes(chance: random.Random) -> Recording:
-    """Each save is the best: the link is renewed, the best before is deleted."""
-    with memory_directory() as base, file_system(chance.choice(["clone", "hard link", "copy"])):
-        with recording(base) as recorder, Managing(recorder, num_kept=1) as managing:
-            save_in_turn(managing, [9.0 - number - chance.random() for number in range(4)], chance)
-        return managed("the best changes", recorder, 1)
+def best_changes(*ways: str) -> Workload:
+    """Each save is the best: the link is renewed, in one of these ways, and the best before is deleted."""
+
+    def run(chance: random.Random) -> Recording:
+        with memory_directory() as base, file_system(chance.choice(ways)):
+            with recording(base) as recorder, Managing(recorder, num_kept=1) as managing:
+                save_in_turn(managing, [9.0 - number - chance.random() for number in range(4)], chance)
+            return managed("the best changes", recorder, 1)
+
+    return run
 
 
 def best_stays(chance: random.Random) -> Recording:
     """The first save stays the best, outside what else is kept."""
-    with memory_directory() as base, file_system(chance.choice(["clone", "hard link"])):
+    with memory_directory() as base, file_system(chance.choice(WAYS)):
         with recording(base) as recorder, Managing(recorder, num_kept=1) as managing:
             save_in_turn(managing, [1.0, *(2.0 + chance.random() for _ in range(3))], chance)
         return managed("the best stays", recorder, 1)
@@ -126,7 +129,7 @@ def best_stays(chance: random.Random) -> Recording:
 def concurrent_saves(chance: random.Random) -> Recording:
     """All submitted at once, two written at a time; commits keep their order."""
     with memory_directory() as base:
-        with recording(base) as recorder, Managing(recorder, num_workers=2) as managing:
+        with recording(base) as recorder, Managing(recorder, num_workers=2, max_in_flight=4) as managing:
             managing.save(5.0).result(TIMEOUT_SECS)
             for loss in any_losses(chance, 4):
                 managing.save(loss, numel=chance.choice([FEW, SEVERAL]))
@@ -204,12 +207,12 @@ def failing(name: str, error: int, of: Callable[[Any], bool], num_turns: int) ->
             stack.enter_context(patched(name, raising_once(name, error, of, turn)))
             stack.enter_context(mock.patch.object(worker, "_FIRST_PAUSE_SECS", 0))
             recorder = stack.enter_context(recording(base))
-            with Managing(recorder, num_kept=1) as managing:
-                for loss in any_losses(chance, 4):
+            with Managing(recorder) as managing:
+                for loss in any_losses(chance, 5):
                     with suppress(CheckpointWriteError):  # the directory could not be opened
                         managing.save(loss, numel=chance.choice([FEW, SEVERAL])).exception(TIMEOUT_SECS)
                         managing.manager.wait(TIMEOUT_SECS)
-            return managed(f"{name} {turn} fails", recorder, 1)
+            return managed(f"{name} {turn} fails", recorder, 2)
 
     return run
 
@@ -236,6 +239,10 @@ def is_file(fd: int) -> bool:
     return not is_directory(fd)
 
 
+def is_checkpoint_directory(fd: int) -> bool:
+    return is_directory(fd) and os.path.basename(os.readlink(f"/proc/self/fd/{fd}")) == RUN
+
+
 def is_checkpoint(path: str) -> bool:
     return is_checkpoint_name(os.path.basename(path))
 
@@ -246,7 +253,7 @@ def is_any(path: str) -> bool:
 
 def recoveries(chance: random.Random) -> Iterator[Recording]:
     """A crash while the directory is opened after a crash, for some of the crash states of one run."""
-    first = chance.choice([best_changes, same_name, kept(1), kept(2), pruning, concurrent_saves])(chance)
+    first = chance.choice([best_changes(*WAYS), same_name, kept(1), kept(2), pruning, concurrent_saves])(chance)
     states = list(crash_states(first.initial, first.steps, chance))
     for crashed in chance.sample(states, min(_NUM_RECOVERIES, len(states))):
         yield recovery_from(first, crashed)
@@ -284,7 +291,7 @@ def save_to(recorder: Recorder, saver: AsyncCheckpointSaver, path: str, number: 
 def overwritten_path(chance: random.Random) -> Recording:
     """One path, two missing levels deep at first, written over and over."""
     with memory_directory() as base:
-        with recording(base) as recorder, AsyncCheckpointSaver(num_workers=chance.choice([1, 2]), **ROOMY) as saver:
+        with recording(base) as recorder, AsyncCheckpointSaver(chance.choice([1, 2])) as saver:
             for number in range(1, 5):
                 handle = save_to(recorder, saver, "one/two/state.pt", number, chance.choice([FEW, SEVERAL]))
                 if chance.random() < 0.5:
@@ -296,7 +303,7 @@ def ranks_side_by_side(chance: random.Random) -> Recording:
     """Two savers in one directory: while one is about to commit, the other one begins, sweeps, and commits."""
     with memory_directory() as base:
         with recording(base) as recorder, ExitStack() as stack:
-            first, second = (stack.enter_context(AsyncCheckpointSaver(**ROOMY)) for _ in range(2))
+            first, second = (stack.enter_context(AsyncCheckpointSaver()) for _ in range(2))
             with held_before_commit("rank0.pt") as release:
                 handle = save_to(recorder, first, "rank0.pt", 1, chance.choice([FEW, SEVERAL]))
                 save_to(recorder, second, "rank1.pt", 2, chance.choice([FEW, SEVERAL])).result(TIMEOUT_SECS)
@@ -355,15 +362,13 @@ def file_system(way: str, *, direct: bool = True) -> Iterator[None]:
         yield
 
 
-ROOMY: dict[str, Any] = {"max_in_flight": 100}
-
 _RUNS: dict[str, Workload] = {
     "first save two missing levels deep": deep_directory,
     "one path overwritten": overwritten_path,
     "ranks side by side": ranks_side_by_side,
     "KeepLast(2)": kept(2),
     "KeepLast(1)": kept(1),
-    "best changes": best_changes,
+    "best changes": best_changes(*WAYS),
     "best stays": best_stays,
     "concurrent saves": concurrent_saves,
     "same name": same_name,
