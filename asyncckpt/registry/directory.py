@@ -296,6 +296,10 @@ class CheckpointDirectory:
         self._reserved.add(name)
         return Listing(self, replace(info, filepath=Path(name), sequence=next(self._sequences)), registry.run_id)
 
+    def withdraw(self, listing: Listing) -> None:
+        """The checkpoint was not written after all: whoever puts a file of that name here keeps it."""
+        self._reserved.discard(str(listing.info.filepath))
+
     def describe(self, info: CheckpointInfo) -> Mapping[str, object]:
         """What the checkpoint's file is to say of itself."""
         return describe_in_file(self._own_registry(), info)

@@ -116,8 +116,10 @@ class SaveQueue:
             submission.image.release()
         try:
             submission.settle(info, error)
-            if info is not None and submission.listing is not None:
+            if submission.listing is not None and info is not None:
                 submission.listing.directory.delete_pending()
+            elif submission.listing is not None:
+                submission.listing.directory.withdraw(submission.listing)
         finally:
             turn.leave()
             submission.finish()
