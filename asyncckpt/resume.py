@@ -144,6 +144,7 @@ class Resume:
 
     def _look(self, choose: Callable[[Survey], list[_Candidate]]) -> list[_Candidate]:
         """What there is to choose from. Raises `CorruptCheckpointError` if all that there was is lost."""
+        self._directory.await_finishing()
         found = self._directory.read()
         if found.lost:
             raise CorruptCheckpointError(

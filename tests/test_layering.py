@@ -29,8 +29,12 @@ LAYERS = [
     "distributed.ranks distributed.sharding",
     "service.default",
     "service.saver",
+    "service.process_queue",
+    "service.writer",
     "service.queue",
     "service.worker",
+    "service.messages service.writer_process",
+    "service.connection",
     "service.handle service.admission service.order service.memory service.exit",
     "registry.directory",
     "registry.recovery",
@@ -62,6 +66,7 @@ TORCH_FREE = {
     *(f"storage.{name}" for name in ("files", "directories", "temporary", "links", "directory_lock")),
     *(f"cli.{name}" for name in ("output", "listing", "verification", "upkeep", "advice")),
     *(f"service.{name}" for name in ("queue", "worker", "handle", "admission", "order", "memory", "exit")),
+    *(f"service.{name}" for name in ("process_queue", "writer", "writer_process", "messages", "connection")),
 }
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
+import itertools
 import mmap
 import os
 import sys
@@ -23,6 +25,8 @@ _PREFAULT_BYTES = 64 << 20
 _MADV_DONTFORK = 10
 _MADV_POPULATE_WRITE = 23
 _MAP_FAILED = ctypes.c_void_p(-1).value
+
+_numbers = itertools.count(1)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -42,16 +46,27 @@ class Arena:
     """One buffer of `num_bytes`, mapped at `address`; `fd` is its memfd, None where it is anonymous memory.
 
     `buffer` is a writable view of all of it. The memory is given back by `close()`, after which no view may be used.
+    `number` tells arenas of this process apart, also those that are gone.
     """
 
     def __init__(self, num_bytes: int) -> None:
-        self.num_bytes = -(-num_bytes // _GROWTH_BYTES) * _GROWTH_BYTES
-        self.fd = _create_memfd(self.num_bytes)
+        num_bytes = -(-num_bytes // _GROWTH_BYTES) * _GROWTH_BYTES
+        self._take(_create_memfd(num_bytes), num_bytes)
+
+    @classmethod
+    def received(cls, fd: int) -> Arena:
+        """The arena of another process, which gave us its memfd; both see the same bytes. `fd` belongs to it now."""
+        arena = cls.__new__(cls)
+        arena._take(fd, os.fstat(fd).st_size)
+        return arena
+
+    def _take(self, fd: int | None, num_bytes: int) -> None:
+        self.fd, self.num_bytes, self.number = fd, num_bytes, next(_numbers)
         try:
-            self.address = _map(self.fd, self.num_bytes)
+            self.address = _map(fd, num_bytes)
         except BaseException:
-            if self.fd is not None:
-                os.close(self.fd)
+            if fd is not None:
+                os.close(fd)
             raise
         self.buffer = memoryview((ctypes.c_char * self.num_bytes).from_address(self.address)).cast("B")
         self.used_bytes = 0  # how far pages have been touched
@@ -157,6 +172,8 @@ def _create_memfd(num_bytes: int) -> int | None:
         return None
     try:
         os.ftruncate(fd, num_bytes)
+        # Whoever maps it may rely on every page of it: a buffer that shrank would kill them (SIGBUS).
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     except OSError:  # over `ulimit -f`, which counts it as a file
         os.close(fd)
         return None

@@ -34,6 +34,16 @@ class Snapshot:
         self._error: BaseException | None = None
         self._staging: fence.LateStaging | None = None
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether `wait` returns, or raises, at once."""
+        return self._staged.is_set()
+
+    @property
+    def arena(self) -> Arena | None:
+        """Where the image lies; None once it is released."""
+        return self._arena
+
     def complete(self, error: BaseException | None = None, staging: fence.LateStaging | None = None) -> None:
         """Staging is over; `staging` was its late part."""
         self._error = error

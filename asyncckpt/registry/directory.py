@@ -15,7 +15,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,7 +29,7 @@ from asyncckpt.errors import (
 )
 from asyncckpt.events import EventKind
 from asyncckpt.image.verify import default_num_threads, verify_reader
-from asyncckpt.naming import BEST_NAME, REGISTRY_NAME, numbered_name
+from asyncckpt.naming import BEST_NAME, LOCK_NAME, REGISTRY_NAME, numbered_name
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.recovery import Survey, describe_file, file_of, survey
 from asyncckpt.registry.registry import (
@@ -40,7 +40,7 @@ from asyncckpt.registry.registry import (
     encode_registry,
 )
 from asyncckpt.registry.retention import RetentionPolicy, retained
-from asyncckpt.storage.base import Lock, Storage
+from asyncckpt.storage.base import FINISHING, Lock, Storage
 from asyncckpt.threads import log_quietly
 
 Report = Callable[[EventKind, str, str], None]
@@ -55,14 +55,30 @@ class Listing:
     run_id: str
 
 
+@dataclass(frozen=True)
+class WriterState:
+    """What a directory's writer knows beyond what is on disk: a value, so that it can go to another process."""
+
+    registry: Registry
+    is_recorded: bool
+    linked_best: int | None
+    damaged: frozenset[int]
+
+
+_generations = itertools.count(1)
 _LOCK_PAUSE_SECS = 0.05
+_SILENT_WAIT_SECS = 1.0
+_MAX_FINISHING_SECS = 600.0  # how long to wait for a writer that finishes a dead trainer's checkpoints
+_MAX_HOLDER_BYTES = 500
 
 
 class CheckpointDirectory:
     """One directory with a registry. Thread-safe.
 
     Constructing it and reading change nothing. `open_for_writing` takes the directory's lock, which lasts until `close`
-    or the end of the process.
+    or the end of the process. A writer process may then do the writing: it is given the `state` and a share of the
+    lock, and what it knows afterwards is taken back by `learn`. `generation` changes when this process itself wrote,
+    so that another one's state is out of date.
     """
 
     def __init__(
@@ -77,9 +93,9 @@ class CheckpointDirectory:
         report: Report = lambda kind, path, detail: None,
     ) -> None:
         self.path = path
+        self.retention, self.metric, self.mode = retention, metric, mode
+        self.generation = next(_generations)
         self._storage = storage
-        self._retention = retention
-        self._metric, self._mode = metric, mode
         self._lock_timeout_secs = lock_timeout_secs
         self._report_event = report
 
@@ -101,7 +117,7 @@ class CheckpointDirectory:
 
     def read(self) -> Survey:
         """What the directory holds now. Blocks for a few small reads; raises as `survey` does."""
-        found = survey(self._storage, self.path, self._metric, self._mode)
+        found = survey(self._storage, self.path, self.metric, self.mode)
         if found.damage:
             self._report(
                 logging.WARNING, "recovered", REGISTRY_NAME, f"damaged, so the files are listed instead: {found.damage}"
@@ -123,6 +139,26 @@ class CheckpointDirectory:
         with contextlib.suppress(OSError):
             return lock is not None and lock.is_intact()
         return False
+
+    def await_finishing(self) -> None:
+        """Wait for a writer that finishes the checkpoints of a trainer that has died, so that they are seen.
+
+        Returns at once if there is none; blocks for ten minutes at most.
+        """
+        deadline = time.monotonic() + _MAX_FINISHING_SECS
+        is_announced = False
+        while (holder := self._finishing_holder()) and time.monotonic() < deadline:
+            if not is_announced:
+                log_quietly(logging.WARNING, f"waiting for what still writes to {self.path}: {holder}")
+                is_announced = True
+            time.sleep(_LOCK_PAUSE_SECS)
+
+    def _finishing_holder(self) -> str:
+        try:
+            holder = self._storage.read(self.path_of(LOCK_NAME), _MAX_HOLDER_BYTES).decode("utf-8", "replace")
+        except OSError:
+            return ""
+        return holder if holder.startswith(FINISHING) and self._storage.is_locked(self.path) else ""
 
     def note_damaged(self, info: CheckpointInfo) -> None:
         """A load found it so: from now on it is not the best, and takes no whole checkpoint's place in retention."""
@@ -175,22 +211,39 @@ class CheckpointDirectory:
     def _take_lock(self) -> Lock:
         since = datetime.now(timezone.utc).isoformat(timespec="seconds")
         holder = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
-        deadline = time.monotonic() + self._lock_timeout_secs
+        started = time.monotonic()
+        is_announced = False
         while True:
             try:
                 return self._storage.lock(self.path, holder)
             except BlockingIOError as error:
-                if time.monotonic() >= deadline:
+                other = str(error.strerror)
+                patience = _MAX_FINISHING_SECS if other.startswith(FINISHING) else self._lock_timeout_secs
+                waited = time.monotonic() - started
+                if waited >= patience:
                     raise StorageBusyError(
-                        f"{self.path} is being written to by {error.strerror}; a directory has one writer at a time: "
+                        f"{self.path} is being written to by {other}; a directory has one writer at a time: "
                         "close that manager or end that process, or use another directory"
                     ) from error
+                if waited >= _SILENT_WAIT_SECS and not is_announced:
+                    log_quietly(logging.WARNING, f"waiting for what still writes to {self.path}: {other}")
+                    is_announced = True
             time.sleep(_LOCK_PAUSE_SECS)
 
+    def recover(self) -> None:
+        """Make the directory, which is open for writing, agree with itself after the process that wrote for us died.
+
+        Blocks, and raises, as `open_for_writing` does.
+        """
+        with self._writing, _explained(f"{self.path} can't be recovered"):
+            self._own_registry()
+            self._recover()
+
     def _recover(self) -> None:
+        self.generation = next(_generations)
         for path in self._storage.sweep(self.path):
             self._report(logging.WARNING, "swept", os.path.basename(path), "left by a writer that died")
-        found = survey(self._storage, self.path, self._metric, self._mode, every_file=True)
+        found = survey(self._storage, self.path, self.metric, self.mode, every_file=True)
         if found.damage:
             self._set_aside(found.damage)
         for info in found.gone:
@@ -278,6 +331,55 @@ class CheckpointDirectory:
             logging.WARNING, "recovered", REGISTRY_NAME, f"rebuilt from the files, the old one is {name}: {damage}"
         )
 
+    # --- another process as the writer ---
+
+    @property
+    def state(self) -> WriterState:
+        """What its writer knows; asked when nothing is being written. Raises `CheckpointError` if it is not open.
+
+        Takes no lock: a signal handler may save, and so ask, in the middle of this.
+        """
+        registry = self._own_registry()
+        return WriterState(registry, self._is_recorded, self._linked_best, self._damaged)
+
+    def share_lock(self) -> int:
+        """The lock's descriptor, for the process that is to hold it too."""
+        if self._lock is None:
+            raise CheckpointError(f"{self.path} is not open for writing any more")
+        return self._lock.share()
+
+    def take_over(self, state: WriterState, lock_fd: int) -> None:
+        """In that process: be the writer from here on. Changes nothing in the directory."""
+        with self._writing:
+            if self._lock is not None:
+                self._lock.release()
+            self._lock = self._storage.receive_lock(self.path, lock_fd)
+            self._set_state(state)
+
+    def learn(self, state: WriterState) -> None:
+        """What the writer process knows by now."""
+        with self._writing:
+            self._set_state(replace(state, damaged=state.damaged | self._damaged))
+
+    def _set_state(self, state: WriterState) -> None:
+        self._registry, self._is_recorded = state.registry, state.is_recorded
+        self._linked_best, self._damaged = state.linked_best, state.damaged
+        self._reserved -= {str(info.filepath) for info in state.registry.checkpoints}
+
+    def note_all_damaged(self, sequences: Iterable[int]) -> None:
+        """As `note_damaged`, by their numbers."""
+        self._damaged |= frozenset(sequences)
+
+    @property
+    def damaged(self) -> frozenset[int]:
+        """The sequence numbers of what was found to be damaged."""
+        return self._damaged
+
+    def tell_that_it_finishes(self) -> None:
+        """Tell others that the lock's holder only finishes what a process that has ended left to it."""
+        if self._lock is not None:
+            self._lock.describe(f"{FINISHING}writer process {os.getpid()} on {socket.gethostname()}")
+
     # --- writing ---
 
     def reserve(self, info: CheckpointInfo) -> Listing:
@@ -313,6 +415,7 @@ class CheckpointDirectory:
         """
         info = listing.info
         with self._writing:
+            self.generation = next(_generations)
             registry = self._with(info)
             if registry.run_id != listing.run_id:
                 raise CheckpointError(f"{self.path} has become another run's directory meanwhile, so nothing was saved")
@@ -341,6 +444,7 @@ class CheckpointDirectory:
     def delete_pending(self) -> None:
         """Delete what the recorded registry no longer needs; durable on return. Blocks. Never raises OSError."""
         with self._writing:
+            self.generation = next(_generations)
             if self._registry is not None and self._is_recorded:
                 self._registry = self._delete(self._registry, self._registry.pending_deletes)
 
@@ -353,6 +457,7 @@ class CheckpointDirectory:
             return self._pruned(self.registry, retention)[1]
         self.open_for_writing()
         with self._writing, _explained(f"{self.path} was not pruned"):
+            self.generation = next(_generations)
             pruned, dropped = self._pruned(self._own_registry().with_damaged(self._damaged), retention)
             try:
                 self._write(pruned)
@@ -374,8 +479,8 @@ class CheckpointDirectory:
 
     def _with(self, info: CheckpointInfo) -> Registry:
         registry = self._own_registry().with_checkpoint(info).with_damaged(self._damaged)
-        if self._retention is not None:
-            registry = registry.keeping(retained(self._retention, registry.checkpoints))
+        if self.retention is not None:
+            registry = registry.keeping(retained(self.retention, registry.checkpoints))
         return registry
 
     def _is_there(self, info: CheckpointInfo) -> bool:
@@ -385,7 +490,7 @@ class CheckpointDirectory:
         return False
 
     def _pruned(self, registry: Registry, retention: RetentionPolicy | None) -> tuple[Registry, list[CheckpointInfo]]:
-        policy = retention or self._retention
+        policy = retention or self.retention
         if policy is None:
             raise ValueError("no retention policy was given")
         bare = registry.with_checkpoints(replace(info, protected=False) for info in registry.checkpoints)

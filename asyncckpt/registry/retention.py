@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
+from typing import Any
 
 from asyncckpt.records import CheckpointInfo
 
@@ -155,6 +156,27 @@ def retained(policy: RetentionPolicy, checkpoints: Sequence[CheckpointInfo]) -> 
     kept |= {newest} if newest is not None else set()
     oldest = min(kept, default=0)
     return frozenset(kept | {_sequence(info) for info in checkpoints if info.damaged and _sequence(info) > oldest})
+
+
+# What another process may be told of a policy: each part's name and numbers.
+PlainPolicy = list[tuple[str, dict[str, Any]]]
+
+
+def to_plain(policy: RetentionPolicy) -> PlainPolicy | None:
+    """The policy as plain data; None if it has a part that is not of this module, whose code others may not have."""
+    parts = _parts(policy)
+    if any(_KINDS.get(type(part).__name__) is not type(part) for part in parts):
+        return None
+    return [(type(part).__name__, asdict(part)) for part in parts]  # type: ignore[call-overload]
+
+
+def from_plain(plain: PlainPolicy) -> RetentionPolicy:
+    """The policy that `to_plain` was given."""
+    policies = tuple(_KINDS[name](**numbers) for name, numbers in plain)
+    return policies[0] if len(policies) == 1 else KeepAny(policies)
+
+
+_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (KeepLast, KeepBest, KeepEvery)}
 
 
 def _parts(policy: RetentionPolicy) -> tuple[RetentionPolicy, ...]:

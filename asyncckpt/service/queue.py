@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from asyncckpt.events import EventKind
+from asyncckpt.image.arena import Arena
 from asyncckpt.image.checksum import ImageSource
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.directory import Listing
@@ -28,7 +29,18 @@ Settle = Callable[[CheckpointInfo | None, BaseException | None], None]
 
 
 class PendingImage(Protocol):
-    """An image that is staged, or on its way to being so."""
+    """An image that is staged, or on its way to being so. `source` and `arena` are None once it is released."""
+
+    @property
+    def source(self) -> ImageSource | None: ...
+
+    @property
+    def arena(self) -> Arena | None: ...
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether `wait` returns, or raises, at once."""
+        ...
 
     def wait(self) -> ImageSource:
         """The bytes, once they are final; raises what went wrong while staging."""
@@ -91,6 +103,11 @@ class SaveQueue:
             self._workers.put(self._process_next)  # if it had been put, one of the two finds nothing to do
             raise
 
+    survives_exit = False
+
+    def staged(self, handle: SaveHandle) -> None:
+        """The handle's image is complete: the workers see that for themselves."""
+
     def run(self, action: Callable[[], object]) -> None:
         """Run `action` on a worker, after the saves before it have been begun. Does not wait."""
         self._workers.put(action)
@@ -99,12 +116,32 @@ class SaveQueue:
         """No more pauses between retries."""
         self._in_hurry = True
 
+    def stop(self) -> None:
+        """End the threads once they have done what was submitted. Does not wait."""
+        for group in self.thread_groups:
+            group.stop()
+
+    def leave(self) -> None:
+        """This process ends, and the threads with it."""
+
     def _process_next(self) -> None:
         with self._lock:  # workers take saves in the order of their turns, so that none waits for ever
             if not self._submissions:
                 return
             submission = self._submissions.popleft()
-            turn = self._order.enter(os.path.dirname(submission.handle.path))
+            turn = self._enter(submission)
+        self._carry_out(submission, turn)
+
+    def carry_out(self, submission: Submission) -> None:
+        """Do all that is to be done for a save, on the calling thread, which is a worker."""
+        with self._lock:
+            turn = self._enter(submission)
+        self._carry_out(submission, turn)
+
+    def _enter(self, submission: Submission) -> Turn:
+        return self._order.enter(os.path.dirname(submission.handle.path))
+
+    def _carry_out(self, submission: Submission, turn: Turn) -> None:
         info: CheckpointInfo | None = None
         error: BaseException | None = None
         try:

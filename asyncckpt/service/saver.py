@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from types import TracebackType
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 import torch
 
@@ -31,12 +31,17 @@ from asyncckpt.service import exit
 from asyncckpt.service.admission import WHEN_FULL, Admission, Place, WhenFull
 from asyncckpt.service.handle import SaveHandle
 from asyncckpt.service.memory import default_memory_limit
+from asyncckpt.service.messages import Setup
+from asyncckpt.service.process_queue import ProcessQueue
 from asyncckpt.service.queue import Emit, SaveQueue, Submission
+from asyncckpt.service.writer_process import why_not
 from asyncckpt.storage.local import LocalStorage
 from asyncckpt.threads import ThreadGroup, log_quietly
 from asyncckpt.version import __version__
 
 T = TypeVar("T")
+WriterKind = Literal["auto", "thread", "process"]
+WRITER_KINDS: tuple[str, ...] = get_args(WriterKind)
 
 logger = logging.getLogger("asyncckpt")
 
@@ -50,6 +55,7 @@ class SaverOptions(TypedDict, total=False):
 
     num_workers: int
     snapshot: SnapshotMode
+    writer: WriterKind
     max_in_flight: int
     when_full: WhenFull
     memory_limit: int | None
@@ -95,6 +101,9 @@ class AsyncCheckpointSaver:
         num_workers: how many checkpoints may be written at the same time. Commits in one directory keep their order.
         snapshot: "copy" stages everything before `save` returns; "overlap" stages what only `optimizer.step` writes in
             the background, and holds the next step until that is done.
+        writer: "thread" writes in threads of this process; "process" in a light child process, which has a GIL of its
+            own and finishes what is staged when this process is killed. "auto" is "thread" for local paths, until a
+            `PreemptionGuard` asks for the process.
         max_in_flight: how many saves may be under way, each with an image of the state in memory.
         when_full: what `save` does when there is no room: "block", "skip" (the handle is settled and `skipped`), or
             "raise" (`QueueFullError`).
@@ -117,6 +126,7 @@ class AsyncCheckpointSaver:
         num_workers: int = 1,
         *,
         snapshot: SnapshotMode = "copy",
+        writer: WriterKind = "auto",
         max_in_flight: int = 2,
         when_full: WhenFull = "block",
         memory_limit: int | None = None,
@@ -131,6 +141,7 @@ class AsyncCheckpointSaver:
         exit_code: int | None = 74,
     ) -> None:
         _check_choice("snapshot", snapshot, SNAPSHOT_MODES)
+        _check_choice("writer", writer, WRITER_KINDS)
         _check_choice("when_full", when_full, WHEN_FULL)
         _check_at_least("num_workers", num_workers, 1)
         _check_at_least("max_in_flight", max_in_flight, 1)
@@ -159,19 +170,14 @@ class AsyncCheckpointSaver:
         self._pid = os.getpid()
 
         self._admission = Admission(max_in_flight, when_full)
-        self._queue = SaveQueue(
-            LocalStorage(),
-            num_workers,
-            nice=nice,
-            retries=retries,
-            verify_after_save=verify_after_save,
-            emit=self.emit,
-        )
+        self._writer = writer
+        self._setup = Setup(num_workers, nice, retries, verify_after_save)
+        self._queue = _make_queue(self._setup, self.emit, in_process=writer == "process")
         self._stagers = ThreadGroup("staging", 1)  # training may be waiting for these two: full priority
         self._copiers = copy_threads()
         self._snapshots = Snapshotter(snapshot, max_in_flight, self._stagers, self._copiers)
-        self._thread_groups = (*self._queue.thread_groups, self._stagers, self._copiers, self._callbacks)
-        self._finalizer = weakref.finalize(self, _abandon, self._thread_groups, self._snapshots, self._pid)
+        self._thread_groups = (self._stagers, self._copiers, self._callbacks)
+        self._finalizer = weakref.finalize(self, _abandon, self._queue, self._thread_groups, self._snapshots, self._pid)
         self._finalizer.atexit = False
         exit.register(self)
 
@@ -275,10 +281,11 @@ class AsyncCheckpointSaver:
         try:
             self.wait(timeout)
         finally:
-            for group in self._thread_groups:
+            self._snapshots.close()
+            self._queue.stop()
+            for group in (*self._queue.thread_groups, *self._thread_groups):
                 group.stop()
                 group.join(_remaining(deadline))
-            self._snapshots.close()
 
     def run_on_worker(self, action: Callable[[], T]) -> T:
         """The manager's: run `action` where saves are written, and wait for it.
@@ -418,6 +425,7 @@ class AsyncCheckpointSaver:
             raise SaverClosedError("the saver was closed while this save was being staged")
 
     def _staged(self, handle: SaveHandle) -> None:
+        self._queue.staged(handle)
         handle.mark_staged()
         self.emit("staged", handle.path, "")
 
@@ -530,9 +538,31 @@ class AsyncCheckpointSaver:
         self._finalizer.detach()
 
 
-def _abandon(groups: Sequence[ThreadGroup], snapshots: Snapshotter, pid: int) -> None:
+def _make_queue(setup: Setup, emit: Emit, *, in_process: bool) -> SaveQueue | ProcessQueue:
+    threads = SaveQueue(
+        LocalStorage(),
+        setup.num_workers,
+        nice=setup.nice,
+        retries=setup.retries,
+        verify_after_save=setup.verify_after_save,
+        emit=emit,
+    )
+    if not in_process:
+        return threads
+    reason = why_not()
+    try:
+        if reason is None:
+            return ProcessQueue(threads, setup, emit)
+    except OSError as error:
+        reason = f"a writer process can't be started: {error}"
+    warnings.warn(f"{reason}; threads write the checkpoints instead, and don't outlive the trainer", stacklevel=4)
+    return threads
+
+
+def _abandon(queue: SaveQueue | ProcessQueue, groups: Sequence[ThreadGroup], snapshots: Snapshotter, pid: int) -> None:
     """A saver was dropped without `close()`: what is in flight still finishes, then everything is given back."""
     if os.getpid() == pid:
+        queue.stop()
         for group in groups:
             group.stop()
         snapshots.close()

@@ -85,10 +85,17 @@ class Reader(ABC):
         self.close()
 
 
+# How a lock's holder begins what it says of itself when it only finishes what a process that ended has left to it: it
+# is worth waiting for.
+FINISHING = "finishing: "
+
+
 class Lock(ABC):
     """The right to write in a directory, until `release` or this process ends, however it ends. Not thread-safe.
 
-    Neither forked children nor other programs that this process starts inherit it.
+    Neither forked children nor other programs that this process starts inherit it. It may be shared with another
+    process, by sending it `share()` and `Storage.receive_lock` there: then it lasts until `release`, or until both have
+    ended.
     """
 
     @abstractmethod
@@ -96,8 +103,19 @@ class Lock(ABC):
         """Whether it still guards the directory at its path, which somebody may have moved or removed."""
 
     @abstractmethod
+    def describe(self, holder: str) -> None:
+        """Tell others who has it. Never raises OSError: it is a courtesy."""
+
+    @abstractmethod
+    def share(self) -> int:
+        """The descriptor to send to the process that is to hold it too; it stays ours."""
+
+    @abstractmethod
     def release(self) -> None:
-        """Let the next one in. Safe to call twice; in a forked child it leaves the parent's lock alone."""
+        """Let the next one in. Safe to call twice; in a forked child it leaves the parent's lock alone.
+
+        One that was received is only given back: whoever shared it still has it.
+        """
 
 
 class Storage(ABC):
@@ -169,6 +187,14 @@ class Storage(ABC):
         Does not wait: raises BlockingIOError, with what its holder said of itself as `strerror`, when it is taken.
         Where there are no locks it is always had, and the log says so once.
         """
+
+    @abstractmethod
+    def receive_lock(self, directory: str, fd: int) -> Lock:
+        """The lock that another process shared with this one. The descriptor belongs to it now."""
+
+    @abstractmethod
+    def is_locked(self, directory: str) -> bool:
+        """Whether somebody holds the directory's lock. Changes nothing, but may be in the way of who takes it now."""
 
     @abstractmethod
     def sweep(self, directory: str) -> list[str]:

@@ -23,6 +23,7 @@ class LocalLock(Lock):
 
     def __init__(self, directory: str, holder: str) -> None:
         self._path = os.path.join(directory, LOCK_NAME)
+        self._is_received = self._is_shared = False
         # O_NONBLOCK: a pipe of that name makes nobody wait, not on Linux alone.
         self._file = Descriptor(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
@@ -32,10 +33,29 @@ class LocalLock(Lock):
                 raise BlockingIOError(errno.EWOULDBLOCK, _read_holder(self._file.fd), self._path)
             if not is_at(self._file.fd, self._path):
                 raise BlockingIOError(errno.EWOULDBLOCK, "somebody who replaced the lock's file", self._path)
-            _write_holder(self._file.fd, holder)
+            self.describe(holder)
         except BaseException:
             self._file.close()
             raise
+
+    @classmethod
+    def received(cls, directory: str, fd: int) -> LocalLock:
+        """The lock that another process shared."""
+        lock = cls.__new__(cls)
+        lock._path = os.path.join(directory, LOCK_NAME)
+        lock._file = Descriptor.received(fd)
+        lock._is_received, lock._is_shared = True, False
+        return lock
+
+    def describe(self, holder: str) -> None:
+        # A courtesy to others: also where the disk is full a lock must be had, or nothing could be deleted.
+        with contextlib.suppress(OSError):
+            system_calls.truncate(self._file.fd, 0)
+            write_all(self._file.fd, 0, memoryview(holder.encode("utf-8", "replace")[:_MAX_HOLDER_BYTES]))
+
+    def share(self) -> int:
+        self._is_shared = True
+        return self._file.fd
 
     def is_intact(self) -> bool:
         try:
@@ -48,6 +68,9 @@ class LocalLock(Lock):
     def release(self) -> None:
         if self._file.fd == -1:  # released before, or a forked child's
             return
+        if self._is_received:
+            self._file.close()
+            return
         with contextlib.suppress(OSError):
             system_calls.truncate(self._file.fd, 0)
         with contextlib.suppress(OSError):  # closing is not enough while a child that has just been forked has a copy
@@ -55,15 +78,21 @@ class LocalLock(Lock):
         self._file.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_file"):
+        if not hasattr(self, "_file"):
+            return
+        if self._is_shared:  # nobody said that it is over: whoever has it too may still be writing
+            self._file.close()
+        else:
             self.release()
 
 
-def _write_holder(fd: int, holder: str) -> None:
-    """A courtesy to others: also where the disk is full a lock must be had, or nothing could be deleted."""
-    with contextlib.suppress(OSError):
-        system_calls.truncate(fd, 0)
-        write_all(fd, 0, memoryview(holder.encode("utf-8", "replace")[:_MAX_HOLDER_BYTES]))
+def is_locked(directory: str) -> bool:
+    """Whether somebody has the lock of a local directory."""
+    try:
+        with Descriptor(os.path.join(directory, LOCK_NAME), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as file:
+            return not system_calls.try_shared_lock(file.fd)
+    except OSError:  # there is no such file, or there are no locks here
+        return False
 
 
 def _read_holder(fd: int) -> str:

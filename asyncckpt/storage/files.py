@@ -26,6 +26,14 @@ class Descriptor:
         self.fd = system_calls.open_file(path, flags)
         _descriptors.add(self)
 
+    @classmethod
+    def received(cls, fd: int) -> Descriptor:
+        """A descriptor that another process sent us."""
+        descriptor = cls.__new__(cls)
+        descriptor.fd = fd
+        _descriptors.add(descriptor)
+        return descriptor
+
     def close(self) -> None:
         """Never raises OSError: what matters was synced before, and a late word about the rest changes nothing."""
         fd, self.fd = self.fd, -1

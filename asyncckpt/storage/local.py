@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from asyncckpt.storage import system_calls, temporary
 from asyncckpt.storage.base import Reader, Storage, Upload, committing
 from asyncckpt.storage.directories import make_directories, open_directory, sync_entries
-from asyncckpt.storage.directory_lock import LocalLock
+from asyncckpt.storage.directory_lock import LocalLock, is_locked
 from asyncckpt.storage.files import Descriptor, remove_quietly, write_all
 from asyncckpt.storage.links import share
 
@@ -69,6 +69,12 @@ class LocalStorage(Storage):
         path = os.path.abspath(directory)
         make_directories(path)
         return LocalLock(path, holder)
+
+    def receive_lock(self, directory: str, fd: int) -> LocalLock:
+        return LocalLock.received(directory, fd)
+
+    def is_locked(self, directory: str) -> bool:
+        return is_locked(directory)
 
     def sweep(self, directory: str) -> list[str]:
         return temporary.sweep(directory)

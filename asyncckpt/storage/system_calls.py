@@ -71,6 +71,15 @@ def try_lock(fd: int) -> bool:
     return True
 
 
+def try_shared_lock(fd: int) -> bool:
+    """Take a lock that others may share, until the file is closed; False when somebody holds the exclusive one."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def unlock(fd: int) -> None:
     """Give the lock up, whoever else has a copy of the descriptor."""
     fcntl.flock(fd, fcntl.LOCK_UN)

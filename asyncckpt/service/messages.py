@@ -1,0 +1,241 @@
+"""What the trainer and its writer process say to each other. Plain data; no torch.
+
+A save goes its way by `Submit` (its turn in the queue), `Staged` (its bytes are final), `Begun`, `MayCommit?` and its
+answer, `Settled` and `Finished`. Whatever is said twice, after an interrupt or a restart, counts once.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from asyncckpt.errors import CheckpointError, CheckpointWriteError, CorruptCheckpointError
+from asyncckpt.events import EventKind
+from asyncckpt.records import CheckpointInfo
+from asyncckpt.registry.directory import WriterState
+from asyncckpt.registry.retention import PlainPolicy
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """One packet. Descriptors travel beside it."""
+
+
+# --- to the writer ---
+
+
+class Setup(Message, frozen=True):
+    """How to write; said first."""
+
+    num_workers: int
+    nice: int
+    retries: int
+    verify_after_save: bool
+
+
+class ShareArena(Message, frozen=True):
+    """An arena, with its memfd."""
+
+    arena: int
+
+
+class ForgetArena(Message, frozen=True):
+    """The trainer has given the arena back; so should you."""
+
+    arena: int
+
+
+class Grant(Message, frozen=True):
+    """Be the writer of a directory, with its lock; a higher generation takes the place of a lower."""
+
+    directory: int
+    generation: int
+    path: bytes
+    retention: PlainPolicy | None
+    metric: str | None
+    mode: str | None
+    state: WriterState
+
+
+class PlannedListing(msgspec.Struct, frozen=True):
+    """Where a checkpoint will be listed, and as what."""
+
+    directory: int
+    info: CheckpointInfo
+    run_id: str
+    damaged: list[int]
+
+
+class Submit(Message, frozen=True):
+    """A save takes its turn; its bytes follow."""
+
+    save: int
+    path: bytes
+    listing: PlannedListing | None
+
+
+class Staged(Message, frozen=True):
+    """The image of a save is complete. `records` are the layout's names and sizes."""
+
+    save: int
+    arena: int
+    records: list[tuple[str, int]]
+
+
+class GiveUp(Message, frozen=True):
+    """The image of a save will never be complete."""
+
+    save: int
+
+
+class MayCommit(Message, frozen=True):
+    """The answer to `AskCommit`."""
+
+    save: int
+    allowed: bool
+
+
+class Hurry(Message, frozen=True):
+    """No more pauses between retries."""
+
+
+ToWriter = Setup | ShareArena | ForgetArena | Grant | Submit | Staged | GiveUp | MayCommit | Hurry
+
+
+# --- from the writer ---
+
+
+class Hello(Message, frozen=True):
+    """Ready."""
+
+
+class Begun(Message, frozen=True):
+    """A worker has taken up the save."""
+
+    save: int
+
+
+class AskCommit(Message, frozen=True):
+    """All is written and synced: is the image of one moment, so that it may be committed?"""
+
+    save: int
+
+
+class PlainError(msgspec.Struct, frozen=True):
+    """An exception; `cause` is what it was raised from."""
+
+    kind: str
+    text: str
+    errno: int | None
+    cause: PlainError | None
+
+
+class Settled(Message, frozen=True):
+    """A save is durable (`info`), or has failed (`error`)."""
+
+    save: int
+    info: CheckpointInfo | None
+    error: PlainError | None
+    timings: dict[str, float]
+    state: WriterState | None
+
+
+class Finished(Message, frozen=True):
+    """What a save replaced is deleted too."""
+
+    save: int
+    state: WriterState | None
+
+
+class Happened(Message, frozen=True):
+    """For the trainer's `on_event`."""
+
+    kind: EventKind
+    path: bytes
+    detail: str
+
+
+class Logged(Message, frozen=True):
+    """For the trainer's log."""
+
+    level: int
+    text: str
+
+
+FromWriter = Hello | Begun | AskCommit | Settled | Finished | Happened | Logged
+
+
+# --- as bytes ---
+
+
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_to_writer(body: bytes | memoryview) -> ToWriter:
+    return _to_writer.decode(body)
+
+
+def decode_from_writer(body: bytes | memoryview) -> FromWriter:
+    return _from_writer.decode(body)
+
+
+def _encode_other(value: object) -> object:
+    if isinstance(value, Path):  # as bytes: names need not be valid text
+        return os.fsencode(value)
+    raise NotImplementedError(type(value))
+
+
+def _decode_other(kind: type, value: object) -> object:
+    if kind is Path and isinstance(value, bytes):
+        return Path(os.fsdecode(value))
+    raise NotImplementedError(kind)
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_encode_other)
+_to_writer: msgspec.msgpack.Decoder[ToWriter] = msgspec.msgpack.Decoder(ToWriter, dec_hook=_decode_other)
+_from_writer: msgspec.msgpack.Decoder[FromWriter] = msgspec.msgpack.Decoder(FromWriter, dec_hook=_decode_other)
+
+
+# --- errors ---
+
+
+class WriterProcessError(Exception):
+    """What went wrong in the writer process, where it is not one of our own errors."""
+
+
+_OWN_KINDS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (CheckpointError, CheckpointWriteError, CorruptCheckpointError)
+}
+
+
+def plain_text(text: str) -> str:
+    """Text that can be sent, whatever the names of files in it."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def describe_error(error: BaseException) -> PlainError:
+    cause = describe_error(error.__cause__) if error.__cause__ is not None else None
+    number = error.errno if isinstance(error, OSError) else None
+    text = str(error)
+    if isinstance(error, OSError) and not isinstance(error, CheckpointError):
+        text = error.strerror or text
+    return PlainError(type(error).__name__, plain_text(text), number, cause)
+
+
+def rebuild_error(plain: PlainError) -> Exception:
+    """The same error, as far as its kind is known here."""
+    error: Exception
+    if plain.kind == CheckpointWriteError.__name__:
+        error = CheckpointWriteError(plain.text, errno=plain.errno)
+    elif plain.kind in _OWN_KINDS:
+        error = _OWN_KINDS[plain.kind](plain.text)
+    elif plain.errno is not None:
+        error = OSError(plain.errno, plain.text)
+    else:
+        error = WriterProcessError(f"{plain.kind}: {plain.text}")
+    if plain.cause is not None:
+        error.__cause__ = rebuild_error(plain.cause)
+    return error
