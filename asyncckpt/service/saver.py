@@ -234,6 +234,13 @@ class AsyncCheckpointSaver:
         path, metadata = directory.path_of(str(info.filepath)), directory.describe(info)
         return self._save(_Request(checkpoint, path, optimizers, modules, metadata, listing, weights_only))
 
+    def fail(self, path: str, error: BaseException) -> SaveHandle:
+        """The manager's: a save that failed before it could begin; everybody hears of it as of any other."""
+        handle = SaveHandle(path, self._callbacks.put)
+        self._settle(handle, None, None, error)
+        handle.mark_over()
+        return handle
+
     def prepare(self, state: object) -> None:
         """Warm the memory for images of this state, so that already the first save costs only the copy.
 
@@ -430,10 +437,11 @@ class AsyncCheckpointSaver:
         self.emit("staged", handle.path, "")
 
     def _settle(
-        self, handle: SaveHandle, place: Place, info: CheckpointInfo | None, error: BaseException | None
+        self, handle: SaveHandle, place: Place | None, info: CheckpointInfo | None, error: BaseException | None
     ) -> None:
         """On a worker, the image's memory being free again; so is the place, before anybody hears of it."""
-        place.leave()
+        if place is not None:
+            place.leave()
         with self._lock:
             self._unseen_failures = [failed for failed in self._unseen_failures if not failed.looked_at]
             if error is None:
