@@ -26,6 +26,7 @@ from asyncckpt.errors import (
     CorruptCheckpointError,
     SaverClosedError,
     StorageBusyError,
+    remedy,
 )
 from asyncckpt.events import EventKind
 from asyncckpt.image.verify import default_num_threads, verify_reader
@@ -600,7 +601,8 @@ def _explained(what_failed: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointWriteError(f"{what_failed}: {error.strerror or error}", errno=error.errno) from error
+        reason = error.strerror or str(error)
+        raise CheckpointWriteError(f"{what_failed}: {reason}{remedy(error.errno)}", errno=error.errno) from error
 
 
 def _lists_the_same(a: Registry, b: Registry) -> bool:

@@ -87,7 +87,11 @@ class SaveQueue:
         self._swept: set[str] = set()
         self._in_hurry = False
         self._workers = ThreadGroup("worker", num_workers, lambda: lower_priority(nice))
-        self._writers = ThreadGroup("writer", _NUM_WRITER_THREADS, lambda: lower_priority(nice))
+        try:
+            self._writers = ThreadGroup("writer", _NUM_WRITER_THREADS, lambda: lower_priority(nice))
+        except BaseException:
+            self._workers.stop()
+            raise
         self.thread_groups = (self._workers, self._writers)
 
     def submit(self, submission: Submission) -> None:

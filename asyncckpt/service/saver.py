@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -172,9 +173,14 @@ class AsyncCheckpointSaver:
         self._admission = Admission(max_in_flight, when_full)
         self._writer = writer
         self._setup = Setup(num_workers, nice, retries, verify_after_save)
-        self._queue = _make_queue(self._setup, self.emit, in_process=writer == "process")
-        self._stagers = ThreadGroup("staging", 1)  # training may be waiting for these two: full priority
-        self._copiers = copy_threads()
+        with contextlib.ExitStack() as started:  # there may be no memory for one more thread
+            started.callback(self._callbacks.stop)
+            self._queue = _make_queue(self._setup, self.emit, in_process=writer == "process")
+            started.callback(self._queue.stop)
+            self._stagers = ThreadGroup("staging", 1)  # training may be waiting for these two: full priority
+            started.callback(self._stagers.stop)
+            self._copiers = copy_threads()
+            started.pop_all()
         self._snapshots = Snapshotter(snapshot, max_in_flight, self._stagers, self._copiers)
         self._thread_groups = (self._stagers, self._copiers, self._callbacks)
         self._finalizer = weakref.finalize(self, _abandon, self._queue, self._thread_groups, self._snapshots, self._pid)
@@ -563,6 +569,9 @@ def _make_queue(setup: Setup, emit: Emit, *, in_process: bool) -> SaveQueue | Pr
             return ProcessQueue(threads, setup, emit)
     except OSError as error:
         reason = f"a writer process can't be started: {error}"
+    except BaseException:
+        threads.stop()
+        raise
     warnings.warn(f"{reason}; threads write the checkpoints instead, and don't outlive the trainer", stacklevel=4)
     return threads
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-WRITERS = ["thread"]
+WRITERS = ["thread", "process"]
 
 
 def writer_options(writer: str) -> dict[str, Any]:
