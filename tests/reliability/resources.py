@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ _BLOCK_BYTES = 512  # of st_blocks
 
 @dataclass(frozen=True)
 class Usage:
-    """Of one moment. `descriptors` by kind; `memfd_bytes` are pages that memfds really have; `checkpoint_mappings` are
-    of `.pt` files, deleted or not.
+    """Of one moment. `descriptors` by kind, but for those of arenas.
+
+    `arenas` are this process's memfds, `forgotten_arenas` those that only a child holds any more, `arena_bytes` the
+    pages that all these really have. `checkpoint_mappings` are of `.pt` files, deleted or not.
 
     `private_bytes` is resident memory without files' and memfds' pages; `python_blocks` is what this interpreter has
     allocated. Children are counted in everything but that.
@@ -27,9 +30,11 @@ class Usage:
     descriptors: dict[str, int]
     num_mappings: int
     mapped_bytes: int
+    arenas: int
+    forgotten_arenas: int
     arena_mappings: int
     checkpoint_mappings: int
-    memfd_bytes: int
+    arena_bytes: int
     private_bytes: int
     python_blocks: int
 
@@ -41,12 +46,16 @@ def usage() -> Usage:
     ctypes.CDLL(None).malloc_trim(0)
     pids = [os.getpid(), *descendants(os.getpid())]
     descriptors: Counter[str] = Counter()
-    memfds: dict[int, int] = {}
+    arenas: dict[int, int] = {}
+    own: set[int] = set()
     for pid in pids:
         for kind, inode, num_bytes in _open_files(pid):
-            descriptors[kind] += 1
-            if kind == "memfd:asyncckpt":
-                memfds[inode] = num_bytes
+            if kind != "memfd:asyncckpt":
+                descriptors[kind] += 1
+                continue
+            arenas[inode] = num_bytes
+            if pid == os.getpid():
+                own.add(inode)
     maps = [line for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
     return Usage(
         processes=len(pids),
@@ -54,12 +63,22 @@ def usage() -> Usage:
         descriptors=dict(sorted(descriptors.items())),
         num_mappings=len(maps),
         mapped_bytes=sum(map(_length, maps)),
+        arenas=len(own),
+        forgotten_arenas=len(arenas.keys() - own),
         arena_mappings=sum("memfd:asyncckpt" in line for line in maps),
         checkpoint_mappings=sum(line.removesuffix(" (deleted)").endswith(".pt") for line in maps),
-        memfd_bytes=sum(memfds.values()),
+        arena_bytes=sum(arenas.values()),
         private_bytes=sum(_anonymous_bytes(pid) for pid in pids),
         python_blocks=sys.getallocatedblocks(),
     )
+
+
+def settled_usage(timeout_secs: float = 10.0) -> Usage:
+    """As `usage`, once children have let go of the arenas that they were told to forget."""
+    deadline = time.monotonic() + timeout_secs
+    while (now := usage()).forgotten_arenas and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return now
 
 
 def descendants(pid: int) -> list[int]:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from asyncckpt import AsyncCheckpointSaver, CheckpointManager, CheckpointWriteError, SaveHandle, UnsafeCheckpointError
-from reliability.resources import usage
+from reliability.resources import settled_usage
 from reliability.writers import writer_options
 
 NUM_KEPT = 3
@@ -153,7 +153,9 @@ class Soak:
             if folder.is_dir()
         }
         counts = {name: value for name, value in vars(self).items() if name.startswith("num_")}
-        print(json.dumps({"moment": moment, "files": files, **counts, **dataclasses.asdict(usage())}), flush=True)
+        print(
+            json.dumps({"moment": moment, "files": files, **counts, **dataclasses.asdict(settled_usage())}), flush=True
+        )
 
 
 def main() -> None:
