@@ -77,6 +77,7 @@ class Soak:
         self.training = Training()
         self.paths = itertools.cycle(directory / "explicit" / f"{number}.pt" for number in range(NUM_PATHS))
         self.reset()
+        directory.mkdir()
         (directory / "file").touch()
 
     def reset(self) -> None:

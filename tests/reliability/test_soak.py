@@ -27,16 +27,18 @@ ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def run(directory: Path, writer: str) -> list[dict[str, Any]]:
-    """What the long run said, at `start`, `running` after each round, at its `end`."""
+    """What the long run said, at `start`, `running` after each round, at its `end`; it leaves no temporary files."""
+    (temporary := directory / "tmp").mkdir()
     done = subprocess.run(
-        [sys.executable, soak.__file__, str(directory), writer, str(NUM_SAVES), str(SEED)],
-        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)},
+        [sys.executable, soak.__file__, str(directory / "saved"), writer, str(NUM_SAVES), str(SEED)],
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(temporary)},
         capture_output=True,
         text=True,
         timeout=3000,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert list(temporary.iterdir()) == []
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
