@@ -19,6 +19,7 @@ Each one is a `CheckpointError` and also the builtin that a caller would expect 
 
 from __future__ import annotations
 
+import errno
 import pickle
 from collections.abc import Sequence
 
@@ -85,3 +86,29 @@ class SaverClosedError(CheckpointError, RuntimeError):
 
 class WaitTimeoutError(CheckpointError, TimeoutError):
     """Some saves were not durable when the time was up; they go on in the background."""
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space, the next save tries again",
+    errno.EDQUOT: "the quota is used up, the next save tries again once there is room",
+    errno.EFBIG: "files of this size are not allowed here (ulimit -f)",
+    errno.EACCES: "the directory must be writable by this user",
+    errno.EPERM: "the directory must be writable by this user",
+    errno.EROFS: "the file system is mounted read-only; once it is writable again the next save succeeds",
+    errno.ENOENT: "the directory was moved or removed meanwhile, the next save makes it anew",
+    errno.EISDIR: "there is a directory at this path",
+    errno.ENOTDIR: "a part of this path is a file",
+    errno.ENAMETOOLONG: "shorten the file's name",
+    errno.EMFILE: "close files that are not needed, or allow more (ulimit -n)",
+    errno.ENFILE: "the machine has too many files open",
+    errno.ENOMEM: "free some memory, the next save tries again",
+    errno.EIO: "look into the system's log for what is wrong with the disk",
+    errno.ESTALE: "the network file system has to be mounted anew",
+    errno.ENOTCONN: "the file system's server has ended; mount it anew",
+}
+
+
+def remedy(error_number: int | None) -> str:
+    """What to do about an error of the system, as the end of a message; "" for one that speaks for itself."""
+    text = _REMEDIES.get(error_number or 0)
+    return f"; {text}" if text else ""

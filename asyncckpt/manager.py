@@ -19,13 +19,19 @@ import torch
 
 from asyncckpt.distributed.ranks import Ranks
 from asyncckpt.distributed.sharding import check_replicated
-from asyncckpt.errors import CheckpointError, MetricNotFoundError
+from asyncckpt.errors import (
+    CheckpointError,
+    CheckpointWriteError,
+    MetricNotFoundError,
+    RegistryError,
+    StorageBusyError,
+)
 from asyncckpt.image.file import verify
 from asyncckpt.naming import BEST_NAME, checkpoint_name
 from asyncckpt.overhead import OverheadMeter
 from asyncckpt.policies import Progress, SavePolicy
 from asyncckpt.records import CheckpointInfo, Timings, VerifyReport, is_better
-from asyncckpt.registry.directory import CheckpointDirectory
+from asyncckpt.registry.directory import CheckpointDirectory, Listing
 from asyncckpt.registry.retention import KeepLast, RetentionPolicy
 from asyncckpt.resume import Resume, Target, check_names
 from asyncckpt.service.handle import SaveHandle
@@ -164,7 +170,8 @@ class CheckpointManager:
             MetricNotFoundError: metrics were given, but not the monitored one.
             UnsafeCheckpointError: a safe load would refuse something; the message names it (`config.optimizer_cls`).
             UnsupportedStateError: the model is sharded over the ranks, or something can't be saved.
-            StorageBusyError: somebody else writes to the directory.
+            StorageBusyError, CheckpointWriteError, RegistryError: the directory can't be opened for writing. Once it
+                has been, what becomes of it later fails saves (by their handles), and training goes on.
             And what `AsyncCheckpointSaver.save` raises.
         """
         self._saver.check_not_in_callback("save")
@@ -250,12 +257,29 @@ class CheckpointManager:
     ) -> SaveHandle | None:
         with self._saving:
             self._saver.check_usable()
-            self._open()
+            try:
+                self._open()
+            except (CheckpointWriteError, StorageBusyError, RegistryError) as error:
+                if not self._directory.was_open:
+                    raise
+                # Training has begun, and goes on: a directory lost on the way fails this save, as a full disk would.
+                handle = self._saver.fail(str(self.checkpoint_dir / info.filepath), error)
+                self._note_saving(handle, info)
+                return handle
             self._forget_settled()
             if self.save_best_only and not self._is_improvement(info):
                 return None
             self._note_branch(info)
-            listing = self._directory.reserve(info)
+            handle = self._submit_listed(checkpoint, self._directory.reserve(info), model, optimizer)
+            if not handle.skipped:
+                self._note_saving(handle, info)
+            return handle
+
+    def _submit_listed(
+        self, checkpoint: dict[str, Any], listing: Listing, model: torch.nn.Module, optimizer: Any
+    ) -> SaveHandle:
+        handle: SaveHandle | None = None
+        try:
             handle = self._saver.save_listed(
                 checkpoint,
                 listing,
@@ -263,12 +287,16 @@ class CheckpointManager:
                 modules=[unwrap(model)],
                 weights_only=self.weights_only,
             )
-            if not handle.skipped:
-                self._newest_step = info.global_step
-                self._mark_progress(info.global_step or 0)
-                self._in_flight.append((handle, info))
-                self._overhead.note_save()
-            return handle
+        finally:
+            if handle is None or handle.skipped:
+                self._directory.withdraw(listing)
+        return handle
+
+    def _note_saving(self, handle: SaveHandle, info: CheckpointInfo) -> None:
+        self._newest_step = info.global_step
+        self._mark_progress(info.global_step or 0)
+        self._in_flight.append((handle, info))
+        self._overhead.note_save()
 
     def _open(self) -> None:
         if not self._directory.is_open:

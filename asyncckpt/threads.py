@@ -26,8 +26,12 @@ class ThreadGroup:
             threading.Thread(target=self._run, name=f"asyncckpt-{name}-{index}", daemon=True)
             for index in range(num_threads)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:  # no memory for one more: the others must not wait for ever
+            self.stop()
+            raise
 
     def put(self, action: Callable[[], object]) -> None:
         """Run `action` on one of the threads; after `stop`, at once. An error that it raises is logged."""

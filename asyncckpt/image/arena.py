@@ -189,7 +189,10 @@ def _map(fd: int | None, num_bytes: int) -> int:
     address = _libc.mmap(None, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, 0)
     if address == _MAP_FAILED:
         error = ctypes.get_errno()
-        raise MemoryError(f"no address space for a checkpoint buffer of {num_bytes:,} bytes: {os.strerror(error)}")
+        raise MemoryError(
+            f"no address space for a checkpoint buffer of {num_bytes:,} bytes: {os.strerror(error)}; free some memory, "
+            "or set memory_limit below that, so that the checkpoint is written in pieces"
+        )
     if sys.platform == "linux":
         _libc.madvise(address, num_bytes, _MADV_DONTFORK)
     return int(address)

@@ -26,6 +26,7 @@ from asyncckpt.errors import (
     CorruptCheckpointError,
     SaverClosedError,
     StorageBusyError,
+    remedy,
 )
 from asyncckpt.events import EventKind
 from asyncckpt.image.verify import default_num_threads, verify_reader
@@ -103,6 +104,7 @@ class CheckpointDirectory:
         self._opening = threading.RLock()
         self._is_opening = False
         self._lock: Lock | None = None
+        self._device: int | None = None
         self._writing = threading.Lock()  # guards the writer's steps; the registry is a value, replaced whole
         self._registry: Registry | None = None  # the writer's; what was committed but could not be recorded is in it
         self._is_recorded = False  # registry.json says the same
@@ -192,14 +194,43 @@ class CheckpointDirectory:
             self._is_opening = True
             try:
                 with self._writing, _explained(f"{self.path} can't be opened for writing"):
+                    if self._run_id is not None:
+                        self._check_place(self._run_id)
                     self.close()
                     self._lock = self._take_lock()
+                    self._device = self._storage.device(self.path)
                     self._recover()
             except BaseException:
                 self.close()
                 raise
             finally:
                 self._is_opening = False
+
+    @property
+    def was_open(self) -> bool:
+        """Whether it has been open for writing before, so that the run is under way."""
+        return self._run_id is not None
+
+    def _check_place(self, run_id: str) -> None:
+        """The directory was moved, removed or unmounted under the run: what is there now must be the same run's.
+
+        An empty directory will do where it was, but not on another file system: what an unmounted one leaves behind is
+        not to be filled, since nobody would find those checkpoints once it is mounted again.
+        """
+        found = survey(self._storage, self.path, self.metric, self.mode)
+        if found.recorded is not None or found.registry.checkpoints:
+            if found.registry.run_id != run_id:
+                raise CheckpointWriteError(
+                    f"{self.path} has become another run's directory under this run, which leaves it alone; put this "
+                    "run's back, or make a manager of another directory"
+                )
+        elif self._storage.device(self.path) != self._device:
+            raise CheckpointWriteError(
+                f"{self.path} is on another file system than before, with nothing of this run; mount the one that "
+                "holds its checkpoints, or make another manager"
+            )
+        elif self._is_recorded:
+            self._report(logging.WARNING, "recovered", "", "removed under this run with all its checkpoints: made anew")
 
     def close(self) -> None:
         """Give the lock back. Nothing may be in flight."""
@@ -240,7 +271,7 @@ class CheckpointDirectory:
         Blocks, and raises, as `open_for_writing` does.
         """
         with self._writing, _explained(f"{self.path} can't be recovered"):
-            self._own_registry()
+            self._check_place(self._own_registry().run_id)
             self._recover()
 
     def _recover(self) -> None:
@@ -257,8 +288,6 @@ class CheckpointDirectory:
         registry = self._finish_deletes(found, self._adopt(found))
         if found.recorded is None and not registry.checkpoints and self._run_id is not None:
             registry = replace(registry, run_id=self._run_id)
-        elif self._run_id not in (None, registry.run_id):
-            self._damaged = frozenset()  # these are another run's numbers
         self._run_id = registry.run_id
         registry = registry.with_checkpoints(
             replace(info, damaged=info.damaged and self._is_bad(str(info.filepath))) for info in registry.checkpoints
@@ -358,6 +387,7 @@ class CheckpointDirectory:
             if self._lock is not None:
                 self._lock.release()
             self._lock = self._storage.receive_lock(self.path, lock_fd)
+            self._device = self._storage.device(self.path)
             self._set_state(state)
 
     def learn(self, state: WriterState) -> None:
@@ -402,6 +432,10 @@ class CheckpointDirectory:
         self._reserved.add(name)
         return Listing(self, replace(info, filepath=Path(name), sequence=next(self._sequences)), registry.run_id)
 
+    def withdraw(self, listing: Listing) -> None:
+        """The checkpoint was not written after all: whoever puts a file of that name here keeps it."""
+        self._reserved.discard(str(listing.info.filepath))
+
     def describe(self, info: CheckpointInfo) -> Mapping[str, object]:
         """What the checkpoint's file is to say of itself."""
         return describe_in_file(self._own_registry(), info)
@@ -417,8 +451,8 @@ class CheckpointDirectory:
         with self._writing:
             self.generation = next(_generations)
             registry = self._with(info)
-            if registry.run_id != listing.run_id:
-                raise CheckpointError(f"{self.path} has become another run's directory meanwhile, so nothing was saved")
+            if not self.is_open:
+                self._check_place(registry.run_id)
             contents = encode_registry(registry)
             upload = self._storage.begin(self.path_of(REGISTRY_NAME), len(contents))
             try:
@@ -589,7 +623,8 @@ def _explained(what_failed: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointWriteError(f"{what_failed}: {error.strerror or error}", errno=error.errno) from error
+        reason = error.strerror or str(error)
+        raise CheckpointWriteError(f"{what_failed}: {reason}{remedy(error.errno)}", errno=error.errno) from error
 
 
 def _lists_the_same(a: Registry, b: Registry) -> bool:

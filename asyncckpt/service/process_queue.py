@@ -317,6 +317,8 @@ class ProcessQueue:
         if error is not None:
             forget_frames(error)
         entry.submission.image.release()
+        if error is not None and (listing := entry.submission.listing) is not None:
+            listing.directory.withdraw(listing)
         entry.submission.settle(info, error)
 
     def _finish(self, entry: _Entry) -> None:

@@ -87,7 +87,11 @@ class SaveQueue:
         self._swept: set[str] = set()
         self._in_hurry = False
         self._workers = ThreadGroup("worker", num_workers, lambda: lower_priority(nice))
-        self._writers = ThreadGroup("writer", _NUM_WRITER_THREADS, lambda: lower_priority(nice))
+        try:
+            self._writers = ThreadGroup("writer", _NUM_WRITER_THREADS, lambda: lower_priority(nice))
+        except BaseException:
+            self._workers.stop()
+            raise
         self.thread_groups = (self._workers, self._writers)
 
     def submit(self, submission: Submission) -> None:
@@ -153,8 +157,10 @@ class SaveQueue:
             submission.image.release()
         try:
             submission.settle(info, error)
-            if info is not None and submission.listing is not None:
+            if submission.listing is not None and info is not None:
                 submission.listing.directory.delete_pending()
+            elif submission.listing is not None:
+                submission.listing.directory.withdraw(submission.listing)
         finally:
             turn.leave()
             submission.finish()

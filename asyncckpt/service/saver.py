@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -174,18 +175,23 @@ class AsyncCheckpointSaver:
         self._writer = writer
         self._setup = Setup(num_workers, nice, retries, verify_after_save)
         self._is_left = False  # to the writer process
-        self._queue: SaveQueue | ProcessQueue = SaveQueue(
-            LocalStorage(),
-            num_workers,
-            nice=nice,
-            retries=retries,
-            verify_after_save=verify_after_save,
-            emit=self.emit,
-        )
-        if writer == "process":
-            self._queue = _in_process(self._queue, self._setup, self.emit)
-        self._stagers = ThreadGroup("staging", 1)  # training may be waiting for these two: full priority
-        self._copiers = copy_threads()
+        with contextlib.ExitStack() as started:  # there may be no memory for one more thread
+            started.callback(self._callbacks.stop)
+            self._queue: SaveQueue | ProcessQueue = SaveQueue(
+                LocalStorage(),
+                num_workers,
+                nice=nice,
+                retries=retries,
+                verify_after_save=verify_after_save,
+                emit=self.emit,
+            )
+            started.callback(self._queue.stop)
+            if writer == "process":
+                self._queue = _in_process(self._queue, self._setup, self.emit)
+            self._stagers = ThreadGroup("staging", 1)  # training may be waiting for these two: full priority
+            started.callback(self._stagers.stop)
+            self._copiers = copy_threads()
+            started.pop_all()
         self._snapshots = Snapshotter(snapshot, max_in_flight, self._stagers, self._copiers)
         self._thread_groups = (self._stagers, self._copiers, self._callbacks)
         self._finalizer = self._make_finalizer()
@@ -243,6 +249,13 @@ class AsyncCheckpointSaver:
         directory, info = listing.directory, listing.info
         path, metadata = directory.path_of(str(info.filepath)), directory.describe(info)
         return self._save(_Request(checkpoint, path, optimizers, modules, metadata, listing, weights_only))
+
+    def fail(self, path: str, error: BaseException) -> SaveHandle:
+        """The manager's: a save that failed before it could begin; everybody hears of it as of any other."""
+        handle = SaveHandle(path, self._callbacks.put)
+        self._settle(handle, None, None, error)
+        handle.mark_over()
+        return handle
 
     def prepare(self, state: object) -> None:
         """Warm the memory for images of this state, so that already the first save costs only the copy.
@@ -473,10 +486,11 @@ class AsyncCheckpointSaver:
         self.emit("staged", handle.path, "")
 
     def _settle(
-        self, handle: SaveHandle, place: Place, info: CheckpointInfo | None, error: BaseException | None
+        self, handle: SaveHandle, place: Place | None, info: CheckpointInfo | None, error: BaseException | None
     ) -> None:
         """On a worker, the image's memory being free again; so is the place, before anybody hears of it."""
-        place.leave()
+        if place is not None:
+            place.leave()
         with self._lock:
             self._unseen_failures = [failed for failed in self._unseen_failures if not failed.looked_at]
             if error is None:
@@ -600,6 +614,9 @@ def _in_process(threads: SaveQueue, setup: Setup, emit: Emit) -> SaveQueue | Pro
             return ProcessQueue(threads, setup, emit)
     except OSError as error:
         reason = f"a writer process can't be started: {error}"
+    except BaseException:
+        threads.stop()
+        raise
     warnings.warn(f"{reason}; threads write the checkpoints instead, and don't outlive the trainer", stacklevel=4)
     return threads
 

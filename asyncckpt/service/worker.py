@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
-from asyncckpt.errors import CheckpointError, CheckpointWriteError, CorruptCheckpointError
+from asyncckpt.errors import CheckpointError, CheckpointWriteError, CorruptCheckpointError, remedy
 from asyncckpt.image.checksum import ImageSource, Piece
 from asyncckpt.image.verify import verify_reader
 from asyncckpt.records import CheckpointInfo, Timings
@@ -145,20 +145,7 @@ def _read_back(path: str, upload: Upload) -> None:
 def _describe(job: Job, error: OSError) -> CheckpointWriteError:
     what_failed = "is whole, but could not be listed in the registry" if job.is_committed else "was not saved"
     reason = error.strerror or str(error)
-    hint = _HINTS.get(error.errno or 0, "")
-    return CheckpointWriteError(f"{job.path} {what_failed}: {reason}{hint}", errno=error.errno)
-
-
-_HINTS = {
-    errno.ENOSPC: "; free some space, the next save tries again",
-    errno.EDQUOT: "; the quota is used up, the next save tries again once there is room",
-    errno.EFBIG: "; files of this size are not allowed here (ulimit -f)",
-    errno.EACCES: "; the directory must be writable by this user",
-    errno.EROFS: "; the file system is mounted read-only",
-    errno.EISDIR: "; there is a directory at this path",
-    errno.ENOTDIR: "; a part of this path is a file",
-    errno.ENAMETOOLONG: "; shorten the file's name",
-}
+    return CheckpointWriteError(f"{job.path} {what_failed}: {reason}{remedy(error.errno)}", errno=error.errno)
 
 
 def forget_frames(error: BaseException) -> None:

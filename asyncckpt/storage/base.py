@@ -196,6 +196,10 @@ class Storage(ABC):
     def is_locked(self, directory: str) -> bool:
         """Whether somebody holds the directory's lock. Changes nothing, but may be in the way of who takes it now."""
 
+    def device(self, directory: str) -> int | None:
+        """Which file system the directory is on, or would be made on; None where there is no such thing. Blocks."""
+        return None
+
     @abstractmethod
     def sweep(self, directory: str) -> list[str]:
         """Remove what dead writers left half-written in `directory`, and return the paths.

@@ -76,6 +76,14 @@ class LocalStorage(Storage):
     def is_locked(self, directory: str) -> bool:
         return is_locked(directory)
 
+    def device(self, directory: str) -> int:
+        path = os.path.abspath(directory)
+        while True:
+            try:
+                return system_calls.stat(path).st_dev
+            except FileNotFoundError:
+                path = os.path.dirname(path)
+
     def sweep(self, directory: str) -> list[str]:
         return temporary.sweep(directory)
 

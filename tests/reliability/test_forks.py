@@ -1,0 +1,96 @@
+"""Children forked all the time while checkpoints are written: they hold nothing, and keep nothing alive."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from asyncckpt.naming import LOCK_NAME
+from reliability.gates import count, report
+from reliability.resources import settled_usage
+from reliability.training_loop import NUM_KEPT, TIMEOUT_SECS, Loop
+from reliability.writers import WRITERS
+
+NUM_EPOCHS = count(4, full=100)
+BATCHES_PER_EPOCH = 6
+NUM_WORKERS = 2
+
+
+class Holdings(Dataset[torch.Tensor]):
+    """Each sample is what the worker that made it holds of the checkpoints, which should be nothing."""
+
+    def __len__(self) -> int:
+        return BATCHES_PER_EPOCH
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor([len(list(held())), os.getpid()])
+
+
+def held() -> Iterator[str]:
+    """Arenas, the directory's lock, checkpoints and their temporary files: open or mapped in this process."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:  # the descriptor that lists them
+            continue
+        if is_of_checkpoints(target):
+            yield target
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if is_of_checkpoints(line):
+            yield line
+
+
+def is_of_checkpoints(text: str) -> bool:
+    return any(part in text for part in ("memfd:asyncckpt", LOCK_NAME, ".pt", ".asyncckpt-"))
+
+
+def workers_of(loader: DataLoader[torch.Tensor]) -> list[int]:
+    iterator: Any = loader._iterator
+    return [worker.pid for worker in iterator._workers] if iterator is not None else []
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("persistent", [False, True], ids=["workers of one epoch", "workers that stay"])
+def test_data_loader_workers(tmp_path: Path, writer: str, persistent: bool) -> None:
+    """A real loader's, forked in the middle of saves: what they hold is counted in the workers themselves. Closing
+    gives memory, lock and writer back although they live on."""
+    loader = DataLoader(
+        Holdings(),
+        num_workers=NUM_WORKERS,
+        persistent_workers=persistent,
+        multiprocessing_context="fork",
+    )
+    pids: set[int] = set()
+    with Loop(tmp_path / "run", writer, snapshot="overlap") as loop:
+        for _ in range(NUM_EPOCHS):
+            handles = [loop.save()]  # the epoch's workers are forked while this one is written
+            for (sample,) in loader:
+                num_held, pid = sample.tolist()
+                assert num_held == 0
+                pids.add(pid)
+                handles.append(loop.save())
+            loop.acknowledged += [handle.result(TIMEOUT_SECS).global_step or 0 for handle in handles]
+        loop.succeed()
+    assert len(pids) == NUM_WORKERS * (1 if persistent else NUM_EPOCHS)
+    alive = workers_of(loader)
+    assert len(alive) == (NUM_WORKERS if persistent else 0)
+    usage = settled_usage()
+    assert usage.arenas == usage.forgotten_arenas == usage.arena_mappings == usage.arena_bytes == 0
+    assert usage.processes == 1 + len(alive)
+    with Loop(tmp_path / "run", writer) as other:  # the directory is free
+        other.manager.load_latest(other.model)
+        other.step, other.acknowledged = loop.step, loop.acknowledged[-NUM_KEPT:]
+        other.succeed()
+    report(
+        f"11 forks, {writer}, {'persistent' if persistent else 'new'} workers",
+        f"{len(loop.acknowledged)} saves, {len(pids)} workers forked beside them: 0 held anything",
+    )
+    del loader
