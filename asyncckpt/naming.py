@@ -10,6 +10,7 @@ from collections.abc import Mapping
 REGISTRY_NAME = "registry.json"
 LOCK_NAME = ".asyncckpt.lock"
 WRITER_NAME = "asyncckpt-save"  # what the writer process is called (/proc/PID/comm: 15 characters at most)
+WRITER_LOG_PREFIX = "asyncckpt-writer-"
 BEST_NAME = "best_model.pt"
 CHECKPOINT_SUFFIX = ".pt"
 

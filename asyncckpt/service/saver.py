@@ -283,8 +283,9 @@ class AsyncCheckpointSaver:
         finally:
             self._snapshots.close()
             self._queue.stop()
-            for group in (*self._queue.thread_groups, *self._thread_groups):
+            for group in self._thread_groups:
                 group.stop()
+            for group in (*self._queue.thread_groups, *self._thread_groups):
                 group.join(_remaining(deadline))
 
     def run_on_worker(self, action: Callable[[], T]) -> T:
