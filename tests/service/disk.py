@@ -43,7 +43,7 @@ class Disk:
         return []
 
     @contextmanager
-    def held(self, name: str = "fsync", suffix: str = "") -> Iterator[None]:
+    def held(self, name: str = "fsync", suffix: str = ".tmp") -> Iterator[None]:
         """It stops answering such a call (on a file of that ending), until the end of the block."""
         self.hold(name, suffix)
         try:
@@ -51,7 +51,7 @@ class Disk:
         finally:
             self.let_go()
 
-    def hold(self, name: str = "fsync", suffix: str = "") -> None:
+    def hold(self, name: str = "fsync", suffix: str = ".tmp") -> None:
         self._write("hold", {"name": name, "suffix": suffix})
 
     def let_go(self) -> None:

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
+from reliability.gates import SEED, count
 from torch import nn
 
 import asyncckpt
@@ -40,7 +41,6 @@ from asyncckpt import (
 )
 from asyncckpt.naming import is_temporary_name
 from asyncckpt.registry.retention import RetentionPolicy
-from reliability.gates import SEED, count
 from service.disk import Disk, wait_for
 
 
@@ -385,7 +385,7 @@ class WriterConformance:
         """Is retried, with a new file, and said."""
         events: list[Event] = []
         with self.saver(on_event=events.append) as saver:
-            disk.fail(errno.EIO, times=2)
+            disk.fail(errno.EIO, times=2, suffix="a.pt.tmp")
             saver.save(state(1), place / "a.pt").result(60)
         assert [event.kind for event in events] == ["staged", "submitted", "retried", "retried", "committed"]
         assert "Input/output error" in events[2].detail
