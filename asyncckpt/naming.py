@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 REGISTRY_NAME = "registry.json"
 LOCK_NAME = ".asyncckpt.lock"
+WRITER_LOG_PREFIX = "asyncckpt-writer-"
 BEST_NAME = "best_model.pt"
 CHECKPOINT_SUFFIX = ".pt"
 # What the processes call themselves (prctl PR_SET_NAME, at most 15 characters), for `ps`, and for each other: whoever

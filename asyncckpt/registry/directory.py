@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import secrets
+import select
 import socket
 import threading
 import time
@@ -41,6 +42,7 @@ from asyncckpt.registry.registry import (
     encode_registry,
 )
 from asyncckpt.registry.retention import RetentionPolicy, retained
+from asyncckpt.storage import system_calls
 from asyncckpt.storage.base import FINISHING, Lock, Storage
 from asyncckpt.threads import log_quietly
 
@@ -70,7 +72,6 @@ _generations = itertools.count(1)
 _LOCK_PAUSE_SECS = 0.05
 _SILENT_WAIT_SECS = 1.0
 _MAX_FINISHING_SECS = 600.0  # how long to wait for a writer that finishes a dead trainer's checkpoints
-_NOTICE_SECS = 2.0  # within which a writer notices that its trainer has died, and says so
 _MAX_HOLDER_BYTES = 500
 
 
@@ -146,25 +147,27 @@ class CheckpointDirectory:
     def await_finishing(self) -> None:
         """Wait for a writer that finishes the checkpoints of a trainer that has died, so that they are seen.
 
-        Returns at once if there is none; blocks for ten minutes at most.
+        Returns at once if there is none; blocks for ten minutes at most. Where the lock is still in the name of a
+        process that has ended, its writer is given as long as anybody who wants the lock to say that it goes on.
         """
         started = time.monotonic()
         is_announced = False
-        while True:
-            holder = self._read_holder()
-            patience = _MAX_FINISHING_SECS if holder.startswith(FINISHING) else _NOTICE_SECS * _has_ended(holder)
-            if time.monotonic() - started >= patience or not self._storage.is_locked(self.path):
+        while holder := self._finishing_holder():
+            patience = _MAX_FINISHING_SECS if holder.startswith(FINISHING) else self._lock_timeout_secs
+            if time.monotonic() - started >= patience:
                 return
-            if not is_announced and holder.startswith(FINISHING):
+            if not is_announced:
                 log_quietly(logging.WARNING, f"waiting for what still writes to {self.path}: {holder}")
                 is_announced = True
             time.sleep(_LOCK_PAUSE_SECS)
 
-    def _read_holder(self) -> str:
+    def _finishing_holder(self) -> str:
         try:
-            return self._storage.read(self.path_of(LOCK_NAME), _MAX_HOLDER_BYTES).decode("utf-8", "replace")
+            holder = self._storage.read(self.path_of(LOCK_NAME), _MAX_HOLDER_BYTES).decode("utf-8", "replace")
         except OSError:
             return ""
+        is_left = holder.startswith(FINISHING) or _has_ended(holder)
+        return holder if is_left and self._storage.is_locked(self.path) else ""
 
     def note_damaged(self, info: CheckpointInfo) -> None:
         """A load found it so: from now on it is not the best, and takes no whole checkpoint's place in retention."""
@@ -245,7 +248,7 @@ class CheckpointDirectory:
 
     def _take_lock(self) -> Lock:
         since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        holder = _HOLDER.format(pid=os.getpid(), host=socket.gethostname(), since=since)
+        holder = f"{_holder(os.getpid())}, since {since}"
         started = time.monotonic()
         is_announced = False
         while True:
@@ -409,10 +412,11 @@ class CheckpointDirectory:
         """The sequence numbers of what was found to be damaged."""
         return self._damaged
 
-    def tell_that_it_finishes(self) -> None:
-        """Tell others that the lock's holder only finishes what a process that has ended left to it."""
+    def inherit(self) -> None:
+        """The process that shared the lock has ended: tell others that what it left is only being finished here."""
         if self._lock is not None:
-            self._lock.describe(f"{FINISHING}writer process {os.getpid()} on {socket.gethostname()}")
+            self._lock.inherit()
+            self._lock.describe(f"{FINISHING}writer {_holder(os.getpid())}")
 
     # --- writing ---
 
@@ -599,21 +603,27 @@ class CheckpointDirectory:
         self._report_event(kind, path, detail)
 
 
-_HOLDER = "process {pid} on {host}, since {since}"
+def _holder(pid: int) -> str:
+    return f"process {pid} on {socket.gethostname()}"
 
 
 def _has_ended(holder: str) -> bool:
-    """Whether the process that took the lock, by its own words, ran here and is gone."""
-    words = holder.split(" ")
-    if len(words) < 4 or not words[1].isdecimal() or words[3].rstrip(",") != socket.gethostname():
+    """Whether the process of this machine that a lock's file names is no more."""
+    pid = holder.removeprefix("process ").split(" ", 1)[0]
+    if not pid.isdecimal() or not holder.startswith(f"{_holder(int(pid))}, ") or not hasattr(os, "pidfd_open"):
         return False
     try:
-        os.kill(int(words[1]), 0)
+        pidfd = os.pidfd_open(int(pid))
     except ProcessLookupError:
         return True
     except (OSError, OverflowError):
-        pass
-    return False
+        return False
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(0))  # it may still wait for its parent to take note
+    finally:
+        system_calls.close(pidfd)
 
 
 @contextlib.contextmanager

@@ -316,8 +316,9 @@ class AsyncCheckpointSaver:
             log_quietly(logging.WARNING, f"left to the writer process: {error}")
         finally:
             self._queue.stop()
-            for group in (*self._queue.thread_groups, *self._thread_groups):
+            for group in self._thread_groups:
                 group.stop()
+            for group in (*self._queue.thread_groups, *self._thread_groups):
                 group.join(0.0 if self._is_left else _remaining(deadline))
             self._snapshots.close()
 
