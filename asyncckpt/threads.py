@@ -118,6 +118,32 @@ class ThreadGroup:
             action = None
 
 
+class Latch:
+    """Closed until `set`, open for good then: as `threading.Event`, but one that Ctrl-C can't leave locked.
+
+    An interrupt in the middle of `Event.set` keeps the event's own lock taken, and the next `set` waits for ever.
+    """
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def set(self) -> None:
+        self._is_set = True
+        with contextlib.suppress(RuntimeError):  # it is open already
+            self._lock.release()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is open; False when `timeout` seconds pass before that."""
+        if not self._is_set and self._lock.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+            self.set()  # for the next who waits
+        return self._is_set
+
+
 def _run_logged(action: Callable[[], object]) -> None:
     try:
         action()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from asyncckpt.image.plan import Plan
 from asyncckpt.image.staging import StorageCopies, find_torn, stage_contents, warm
 from asyncckpt.image.streaming import StreamedImage
 from asyncckpt.records import Timings
-from asyncckpt.threads import ThreadGroup, once
+from asyncckpt.threads import Latch, ThreadGroup, once
 
 SnapshotMode = Literal["copy", "overlap"]
 SNAPSHOT_MODES: tuple[str, ...] = get_args(SnapshotMode)
@@ -30,7 +29,7 @@ class Snapshot:
         self.source: ImageSource | None = source
         self._pool = pool
         self._arena: Arena | None = arena
-        self._staged = threading.Event()
+        self._staged = Latch()
         self._error: BaseException | None = None
         self._staging: fence.LateStaging | None = None
 

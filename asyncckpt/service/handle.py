@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -10,6 +9,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
 from asyncckpt.records import CheckpointInfo, Timings
+from asyncckpt.threads import Latch
 
 
 class SaveHandle(Future[CheckpointInfo]):
@@ -28,8 +28,8 @@ class SaveHandle(Future[CheckpointInfo]):
         self.looked_at = False
         self.is_submitted = False  # a worker will settle it
         self._submitted = time.perf_counter()
-        self._staged = threading.Event()
-        self._over = threading.Event()
+        self._staged = Latch()
+        self._over = Latch()
         self._let_pass: Callable[[], None] | None = None
         self._run_callback = run_callback
         self.set_running_or_notify_cancel()
