@@ -101,7 +101,11 @@ class Hurry(Message, frozen=True):
     """No more pauses between retries."""
 
 
-ToWriter = Setup | ShareArena | ForgetArena | Grant | Submit | Staged | GiveUp | MayCommit | Hurry
+class Farewell(Message, frozen=True):
+    """That was all; the trainer lives on. Without it the end of the connection is the trainer's."""
+
+
+ToWriter = Setup | ShareArena | ForgetArena | Grant | Submit | Staged | GiveUp | MayCommit | Hurry | Farewell
 
 
 # --- from the writer ---

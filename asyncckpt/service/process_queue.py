@@ -26,6 +26,7 @@ from asyncckpt.service.handle import SaveHandle
 from asyncckpt.service.messages import (
     AskCommit,
     Begun,
+    Farewell,
     Finished,
     ForgetArena,
     FromWriter,
@@ -223,6 +224,7 @@ class ProcessQueue:
             self._local.stop()
             self._replies.stop()
             if (process := self._process) is not None:
+                process.connection.send(messages.encode(Farewell()))
                 process.hang_up()
 
     # --- what this process writes itself ---

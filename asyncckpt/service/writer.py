@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import logging
 import os
-import select
 import signal
 import socket
 import stat
@@ -32,6 +31,7 @@ from asyncckpt.service.handle import SaveHandle
 from asyncckpt.service.messages import (
     AskCommit,
     Begun,
+    Farewell,
     Finished,
     ForgetArena,
     GiveUp,
@@ -160,6 +160,7 @@ class Writer:
         self._connection = connection
         self._trainer_fd = trainer_fd
         self._is_orphan = False
+        self._is_over = False  # the trainer needs us no more, and lives on
         self._queue: SaveQueue | None = None
         self._arenas: dict[int, Arena] = {}
         self._directories: dict[int, tuple[int, CheckpointDirectory]] = {}
@@ -193,7 +194,7 @@ class Writer:
             images = list(self._images.values())
         if unfinished:
             logger.warning("the trainer has ended; finishing what it had staged (%d saves)", unfinished)
-        if _can_be_read(self._trainer_fd):
+        if not self._is_over:
             for _, directory in self._directories.values():
                 directory.inherit()
         for image in images:
@@ -247,6 +248,8 @@ class Writer:
                 image.answer(message.allowed)
         elif isinstance(message, Hurry):
             self._own_queue().hurry()
+        elif isinstance(message, Farewell):
+            self._is_over = True
         for fd in fds:
             os.close(fd)
 
@@ -339,12 +342,6 @@ class Writer:
 
     def _emit(self, kind: EventKind, path: str, detail: str) -> None:
         self.send(Happened(kind, os.fsencode(path), plain_text(detail)))
-
-
-def _can_be_read(fd: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))
 
 
 def _state_of(listing: Listing | None) -> WriterState | None:
