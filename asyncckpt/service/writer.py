@@ -192,9 +192,9 @@ class Writer:
         with self._changed:
             unfinished = len(self._unfinished)
             images = list(self._images.values())
-        if unfinished:
-            logger.warning("the trainer has ended; finishing what it had staged (%d saves)", unfinished)
-        if not self._is_over:
+        if not self._is_over:  # else the last save's worker may just not have crossed it off yet
+            if unfinished:
+                logger.warning("the trainer has ended; finishing what it had staged (%d saves)", unfinished)
             for _, directory in self._directories.values():
                 directory.inherit()
         for image in images:
