@@ -15,7 +15,8 @@ from torch import nn
 import asyncckpt
 from asyncckpt import CheckpointManager
 from reliability.crash.exploring import Recording, Seen, Verdict, describe, verdicts
-from reliability.crash.workloads import RUN, WORKLOADS, runs_of
+from reliability.crash.file_systems import RUN
+from reliability.crash.workloads import WORKLOADS, runs_of
 from reliability.gates import SEED, count, report
 
 NUM_STATES = count(60, full=1200)  # of each workload, at least

@@ -18,15 +18,8 @@ from reliability.bugs import BUGS, Patch
 from reliability.crash import workloads
 from reliability.crash.damage import faults_after_damage
 from reliability.crash.exploring import verdicts
-from reliability.crash.workloads import (
-    Workload,
-    best_changes,
-    failing,
-    is_checkpoint,
-    is_checkpoint_directory,
-    is_file,
-    kept,
-)
+from reliability.crash.file_systems import is_checkpoint, is_checkpoint_directory, is_file
+from reliability.crash.workloads import Workload, best_changes, failing, kept
 from reliability.gates import SEED, report
 
 MAX_RUNS = 60  # of one workload, each time with other losses, sizes and faults

@@ -14,8 +14,9 @@ from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.storage.local import LocalStorage
 from reliability.crash.disk import Tree
 from reliability.crash.exploring import verdicts
+from reliability.crash.file_systems import RUN
 from reliability.crash.findings import Content, content_at
-from reliability.crash.workloads import RUN, best_changes
+from reliability.crash.workloads import best_changes
 
 
 def faults_after_damage(chance: random.Random) -> Iterator[list[str]]:

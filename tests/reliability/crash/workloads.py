@@ -4,37 +4,41 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 import random
-import stat
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from storage.mounts import memory_directory
-from storage.seam import FUNCTIONS, raising
-from storage.test_links import WAYS, copy_bytes
+from storage.test_links import WAYS
 from torch import nn
 
 from asyncckpt import AsyncCheckpointSaver, CheckpointManager, CheckpointWriteError, KeepLast, SaveHandle
-from asyncckpt.naming import REGISTRY_NAME, is_checkpoint_name
+from asyncckpt.naming import REGISTRY_NAME
 from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.service import worker
-from asyncckpt.storage import system_calls
-from asyncckpt.storage.local import LocalStorage, LocalUpload
+from asyncckpt.storage.local import LocalStorage
 from reliability.crash.exploring import Recording, look_at
 from reliability.crash.facts import Found, Opened, Pruned, Pruning, RegistryLost, Retention
+from reliability.crash.file_systems import (
+    RUN,
+    TIMEOUT_SECS,
+    file_system,
+    held_before_commit,
+    is_any,
+    is_directory,
+    is_file,
+    patched,
+    raising_once,
+)
 from reliability.crash.findings import Findings, look_at_directory, look_at_files
 from reliability.crash.invariant import Promise, broken, broken_files, promise_of
 from reliability.crash.recorder import Recorder, recording
 from reliability.crash.states import CrashState, crash_states
 
-TIMEOUT_SECS = 60
-RUN = "run"
 _NUM_RECOVERIES = 20
 FEW, SEVERAL = 16, 5000  # tensor elements: a file within one block, and one of six
 
@@ -217,40 +221,6 @@ def failing(name: str, error: int, of: Callable[[Any], bool], num_turns: int) ->
     return run
 
 
-def raising_once(name: str, error: int, of: Callable[[Any], bool], turn: int) -> Callable[..., Any]:
-    """The call itself, but at its `turn`-th time for something (its last argument) that `of` is about."""
-    num_calls = 0
-
-    def call(*args: Any) -> Any:
-        nonlocal num_calls
-        num_calls += of(args[-1])
-        if of(args[-1]) and num_calls == turn:
-            raise OSError(error, os.strerror(error))
-        return FUNCTIONS[name](*args)
-
-    return call
-
-
-def is_directory(fd: int) -> bool:
-    return stat.S_ISDIR(os.fstat(fd).st_mode)
-
-
-def is_file(fd: int) -> bool:
-    return not is_directory(fd)
-
-
-def is_checkpoint_directory(fd: int) -> bool:
-    return is_directory(fd) and os.path.basename(os.readlink(f"/proc/self/fd/{fd}")) == RUN
-
-
-def is_checkpoint(path: str) -> bool:
-    return is_checkpoint_name(os.path.basename(path))
-
-
-def is_any(path: str) -> bool:
-    return True
-
-
 def recoveries(chance: random.Random) -> Iterator[Recording]:
     """A crash while the directory is opened after a crash, for some of the crash states of one run."""
     first = chance.choice([best_changes(*WAYS), same_name, kept(1), kept(2), pruning, concurrent_saves])(chance)
@@ -312,54 +282,6 @@ def ranks_side_by_side(chance: random.Random) -> Recording:
             save_to(recorder, first, "rank0.pt", 3).result(TIMEOUT_SECS)
             save_to(recorder, second, "rank1.pt", 4).result(TIMEOUT_SECS)
         return saved_to("ranks side by side", recorder, "", ["rank0.pt", "rank1.pt"])
-
-
-# --- file systems ---
-
-
-@contextmanager
-def held_before_commit(name: str) -> Iterator[Callable[[], None]]:
-    """The first upload to `name` stands still once it is synced, until the returned function is called."""
-    released = threading.Event()
-    sync = LocalUpload.sync
-
-    def held(upload: LocalUpload) -> None:
-        sync(upload)
-        if os.path.basename(upload._path) == name:
-            assert released.wait(TIMEOUT_SECS)
-
-    with mock.patch.object(LocalUpload, "sync", held):
-        try:
-            yield released.set
-        finally:
-            released.set()
-
-
-@contextmanager
-def patched(name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """One call of the seam does this instead."""
-    with mock.patch.object(system_calls, name, function):
-        yield
-
-
-@contextmanager
-def file_system(way: str, *, direct: bool = True) -> Iterator[None]:
-    """One that can link in this way, and may refuse O_DIRECT."""
-
-    def open_buffered(path: str, flags: int, mode: int = 0o666) -> int:
-        if flags & os.O_DIRECT:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        fd: int = FUNCTIONS["open_file"](path, flags, mode)
-        return fd
-
-    with ExitStack() as stack:
-        cloning = copy_bytes if way == "clone" else raising(errno.EOPNOTSUPP, name="clone")
-        stack.enter_context(patched("clone", cloning))
-        if way != "hard link":
-            stack.enter_context(patched("link", raising(errno.EPERM, name="link")))
-        if not direct:
-            stack.enter_context(patched("open_file", open_buffered))
-        yield
 
 
 _RUNS: dict[str, Workload] = {
