@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from storage.mounts import memory_directory
-from storage.observe import no_descriptor_leaks
+from storage.observe import no_descriptor_leaks, temporaries
 from storage.seam import FUNCTIONS, Fault, Seam
 
 from asyncckpt import CheckpointManager, CheckpointWriteError, KeepLast
@@ -35,6 +35,7 @@ from reliability.test_manager_sigkill import (
 ERRORS = ("EIO", "ENOSPC", "EDQUOT", "EINTR", "EROFS", "short write")
 STRIDE = count(37, full=1)  # which calls are tried: every one, or one in so many
 TIMEOUT_SECS = 60.0
+DEAD = temporary_name("0" * 16, "state.pt")
 OLD_LOSSES = [3.0, 5.0, 4.0]  # of the steps 1, 2, …: the first is the best
 NEW_LOSSES = [2.0, 6.0]  # the old best goes, and the link is renewed; then the old latest goes
 
@@ -116,7 +117,7 @@ def old_run(base: Path) -> tuple[Path, int]:
         assert process.save(loss) is None
     process.manager.close()
     (path / "registry.json").write_bytes(registry)
-    (path / temporary_name("0" * 16, "state.pt")).touch()
+    (path / DEAD).touch()
     return path, process.step
 
 
@@ -139,6 +140,12 @@ def assert_explained(failure: CheckpointWriteError | None, fault: Fault | ShortW
         assert isinstance(fault, Fault)
         assert fault.hit is not None, failure
         assert failure.errno == fault.error_number, fault.hit
+
+
+def check_that_nothing_is_left(path: Path, fault: Fault | ShortWrites) -> None:
+    """But for what could not be removed, which the next process sweeps."""
+    if path.exists() and not (isinstance(fault, Fault) and fault.hit is not None and fault.hit.name == "unlink"):
+        assert {left.name for left in temporaries(path)} <= {DEAD}, fault.hit
 
 
 def check_as_a_reader(path: Path, acknowledged: int, where: str) -> None:
@@ -198,6 +205,7 @@ def test_every_call_may_fail(figures: Counter[str], error: str, sticky: bool) ->
                     with failing(error, number, sticky=sticky) as fault:
                         old_step = step if place == "old" else 0
                         process, acknowledged = run_with_fault(path, old_step, fault, figures)
+                    check_that_nothing_is_left(path, fault)
                     check_as_a_reader(path, acknowledged, f"{where}: {fault.hit}")
                     check_afterwards(process, path, f"{where}: {fault.hit}")
                 shutil.rmtree(base / ("runs" if place == "new" else "copy"))
