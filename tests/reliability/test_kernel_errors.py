@@ -111,7 +111,7 @@ def test_read_only_after_an_error() -> None:
         newest = process.step
         assert save_under_an_error(process, path, {errno.EROFS, errno.EIO, errno.ESHUTDOWN}, "aborted")
         check_as_a_reader(path, newest, "aborted")
-        process.manager.close()
+        process.close()
         file_system.restore()
         check_as_a_reader(path, newest, "repaired")
         check_afterwards(Process(path, newest), path, "repaired")
