@@ -134,7 +134,7 @@ def test_managed_saves(disk: FaultyDisk, victim: int) -> None:
     path = disk.mount / "run"
     for number in range(NUM_SAVES):
         process = Process(path, number)
-        with closing(process.manager), refusing_once(disk, victim) as seam:
+        with closing(process), refusing_once(disk, victim) as seam:
             assert process.save(1 / (number + 1)) is None
         assert_durable(seam.calls, str(path / "registry.json"))
         disk.file_system.cut()

@@ -9,12 +9,12 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 from storage.mounts import memory_directory
-from storage.observe import no_descriptor_leaks
+from storage.observe import no_descriptor_leaks, temporaries
 from storage.seam import FUNCTIONS, Fault, Seam
 
 from asyncckpt import CheckpointManager, CheckpointWriteError, KeepLast
@@ -35,6 +35,7 @@ from reliability.test_manager_sigkill import (
 ERRORS = ("EIO", "ENOSPC", "EDQUOT", "EINTR", "EROFS", "short write")
 STRIDE = count(37, full=1)  # which calls are tried: every one, or one in so many
 TIMEOUT_SECS = 60.0
+DEAD = temporary_name("0" * 16, "state.pt")
 OLD_LOSSES = [3.0, 5.0, 4.0]  # of the steps 1, 2, …: the first is the best
 NEW_LOSSES = [2.0, 6.0]  # the old best goes, and the link is renewed; then the old latest goes
 
@@ -99,6 +100,9 @@ class Process:
         assert failure is None or isinstance(failure, CheckpointWriteError), repr(failure)
         return failure
 
+    def close(self) -> None:
+        self.manager.close()
+
     def prune(self) -> CheckpointWriteError | None:
         try:
             self.manager.prune(KeepLast(1))
@@ -114,23 +118,22 @@ def old_run(base: Path) -> tuple[Path, int]:
     for loss in OLD_LOSSES:
         registry = (path / "registry.json").read_bytes() if path.exists() else b""
         assert process.save(loss) is None
-    process.manager.close()
+    process.close()
     (path / "registry.json").write_bytes(registry)
-    (path / temporary_name("0" * 16, "state.pt")).touch()
+    (path / DEAD).touch()
     return path, process.step
 
 
-def run_with_fault(path: Path, step: int, fault: Fault | ShortWrites, figures: Counter[str]) -> tuple[Process, int]:
-    """Two saves and a prune; the process, and the last step that was acknowledged."""
-    process = Process(path, step)
-    acknowledged = step
+def run_with_fault(process: Process, fault: Fault | ShortWrites, figures: Counter[str]) -> int:
+    """Two saves and a prune; the last step that was acknowledged."""
+    acknowledged = process.step
     for loss in NEW_LOSSES:
         failure = process.save(loss)
         assert_explained(failure, fault)
         figures["failed" if failure else "saved"] += 1
         acknowledged = acknowledged if failure else process.step
     assert_explained(process.prune(), fault)
-    return process, acknowledged
+    return acknowledged
 
 
 def assert_explained(failure: CheckpointWriteError | None, fault: Fault | ShortWrites) -> None:
@@ -139,6 +142,12 @@ def assert_explained(failure: CheckpointWriteError | None, fault: Fault | ShortW
         assert isinstance(fault, Fault)
         assert fault.hit is not None, failure
         assert failure.errno == fault.error_number, fault.hit
+
+
+def check_that_nothing_is_left(path: Path, fault: Fault | ShortWrites) -> None:
+    """But for what could not be removed, which the next process sweeps."""
+    if path.exists() and not (isinstance(fault, Fault) and fault.hit is not None and fault.hit.name == "unlink"):
+        assert {left.name for left in temporaries(path)} <= {DEAD}, fault.hit
 
 
 def check_as_a_reader(path: Path, acknowledged: int, where: str) -> None:
@@ -160,7 +169,7 @@ def check_afterwards(process: Process, path: Path, where: str) -> None:
     assert process.save(7.0) is None, where
     assert process.manager.latest is not None, where
     assert process.manager.latest.global_step == process.step, where
-    process.manager.close()
+    process.close()
     check_as_a_reader(path, process.step, where)
     open_for_writing(path)
     assert_in_order(path)
@@ -194,10 +203,10 @@ def test_every_call_may_fail(figures: Counter[str], error: str, sticky: bool) ->
             while True:
                 path = base / "runs" / "first" if place == "new" else copy_scene(scene, base / "copy")
                 where = f"{error}, {sticky=}, {place} directory, call {number}"
-                with no_descriptor_leaks():
+                with no_descriptor_leaks(), closing(Process(path, step if place == "old" else 0)) as process:
                     with failing(error, number, sticky=sticky) as fault:
-                        old_step = step if place == "old" else 0
-                        process, acknowledged = run_with_fault(path, old_step, fault, figures)
+                        acknowledged = run_with_fault(process, fault, figures)
+                    check_that_nothing_is_left(path, fault)
                     check_as_a_reader(path, acknowledged, f"{where}: {fault.hit}")
                     check_afterwards(process, path, f"{where}: {fault.hit}")
                 shutil.rmtree(base / ("runs" if place == "new" else "copy"))

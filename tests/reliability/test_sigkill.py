@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,11 +31,11 @@ LONGEST_SAVE_SECS = 0.05
 
 
 class Server:
-    """The fork server's other end."""
+    """The fork server's other end. `under`: the command that runs it, strace say."""
 
-    def __init__(self) -> None:
+    def __init__(self, under: Sequence[str] = ()) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(TESTS / "reliability" / "saving_server.py")],
+            [*under, sys.executable, str(TESTS / "reliability" / "saving_server.py")],
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -55,7 +55,7 @@ def manage(path: Path) -> None:
     for loss in (2.0, 6.0, 1.0, 7.0):
         assert process.save(loss) is None
     assert process.prune() is None
-    process.manager.close()
+    process.close()
 
 
 def look(path: Path, run: Path) -> None:
@@ -68,7 +68,7 @@ def look(path: Path, run: Path) -> None:
     assert process.manager.load_latest(model)[1]["global_step"] == 7
     assert process.manager.load_best(model)[1]["global_step"] == 6
     assert all(report.ok for report in process.manager.verify())
-    process.manager.close()
+    process.close()
 
 
 def go_around_the_seam(path: Path) -> None:

@@ -6,11 +6,13 @@ import errno
 import os
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from reliability.gates import report
 
 import asyncckpt
 from asyncckpt import AsyncCheckpointSaver, CheckpointWriteError, SaveHandle
@@ -73,10 +75,21 @@ PLACES: dict[str, Callable[[Path, Path], Path]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def figures() -> Iterator[Counter[str]]:
+    figures: Counter[str] = Counter()
+    yield figures
+    report(
+        "5 I/O errors, saver",
+        f"{figures.total()} calls failed, one at a time, once or for good: {figures['saved']} saves recovered, "
+        f"{figures['failed']} failed as they should, nothing left",
+    )
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("sticky", [False, True], ids=["once", "sticky"])
 @pytest.mark.parametrize("error", ERRORS)
-def test_every_call_may_fail(old_file: Path, error: str, sticky: bool, place: str) -> None:
+def test_every_call_may_fail(figures: Counter[str], old_file: Path, error: str, sticky: bool, place: str) -> None:
     """Call after call of a whole save is made to fail, until a save has fewer calls than that."""
     outcomes: list[str] = []
     passes = error in PASSING and not sticky
@@ -89,8 +102,7 @@ def test_every_call_may_fail(old_file: Path, error: str, sticky: bool, place: st
             if fault.hit is None:
                 break
             outcomes.append(outcome)
-    print(f"{error} {'sticky' if sticky else 'once'}, {place}: {number} calls failed, one at a time;", end=" ")
-    print(f"{outcomes.count('saved')} saves recovered, {outcomes.count('failed')} failed as they should")
+    figures.update(outcomes)
     assert number > 15
     assert "saved" in outcomes
     assert "failed" in outcomes or passes
