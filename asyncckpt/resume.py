@@ -17,7 +17,6 @@ from asyncckpt.distributed.ranks import OtherRankError, Ranks
 from asyncckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 from asyncckpt.image.file import open_checkpoint
 from asyncckpt.image.load import Loaded, load_to_restore
-from asyncckpt.image.verify import read_metadata
 from asyncckpt.naming import BEST_NAME
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.directory import CheckpointDirectory, Report
@@ -259,7 +258,7 @@ def _read(
     with open_checkpoint(path, follow_links=expected is None) as reader:
         loaded = load_to_restore(reader, path, weights_only=weights_only)
         if expected is not None:
-            expected.check(read_description(read_metadata(reader), reader.num_bytes))
+            expected.check(read_description(loaded.metadata, reader.num_bytes))
         if not isinstance(loaded.state, dict) or "model_state_dict" not in loaded.state:
             raise CheckpointError(f"{path} is whole, but not a training checkpoint: it has no model_state_dict")
         return loaded.state, take(loaded)

@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
@@ -67,10 +67,14 @@ def load(
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a file holds. `file` gives its tensors' bytes once more, from the file rather than from its mapping."""
+    """What a file holds, and says of itself (`metadata`).
+
+    `file` gives the tensors' bytes once more, from the file rather than from its mapping; None: nothing is mapped.
+    """
 
     state: Any
-    file: MappedFile | None  # None: nothing is mapped
+    metadata: Mapping[str, object] | None
+    file: MappedFile | None
 
 
 def load_from(
@@ -80,12 +84,12 @@ def load_from(
     for _ in range(_NUM_ATTEMPTS):
         before = reader.last_change()
         try:
-            payloads = _check(reader, path)
+            payloads, metadata = _check(reader, path)
             with _clear_errors(path, map_location, weights_only=weights_only):
                 if payloads is None:
                     state = _load_legacy(reader, path, map_location, weights_only=weights_only)
                 elif not (mmap and _looks_at_nothing(payloads, map_location)):
-                    return Loaded(_read(payloads, map_location, weights_only=weights_only), None)
+                    return Loaded(_read(payloads, map_location, weights_only=weights_only), metadata, None)
                 else:
                     state = _map(reader, path, map_location, weights_only=weights_only)
         except Exception:
@@ -93,7 +97,7 @@ def load_from(
                 raise
         else:
             if reader.last_change() == before:
-                return Loaded(state, MappedFile(reader, payloads) if payloads is not None else None)
+                return Loaded(state, metadata, MappedFile(reader, payloads) if payloads is not None else None)
         # Somebody writes to the file, or has only touched it: what was loaded may not be what was checked.
     raise CorruptCheckpointError(f"{path} keeps being written to while it is loaded")
 
@@ -106,18 +110,21 @@ def load_to_restore(reader: LocalReader, path: str, *, weights_only: bool = True
     return load_from(reader, path, weights_only=weights_only, mmap=weights_only and sys.platform == "linux")
 
 
-def _check(reader: Reader, path: str) -> Payloads | None:
-    """Raise unless the file is whole; None for the legacy format, which has no checksums."""
+def _check(reader: Reader, path: str) -> tuple[Payloads | None, Mapping[str, object] | None]:
+    """Its payloads and its metadata; raises unless it is whole. None of the legacy format, which has no checksums."""
     start = memoryview(bytearray(min(len(_LEGACY_MAGIC), reader.num_bytes)))
-    reader.read_into(0, start)
+    try:
+        reader.read_into(0, start)
+    except EOFError as error:
+        raise CorruptCheckpointError(f"{path} was cut off while it was loaded: {error}") from error
     if bytes(start) == _LEGACY_MAGIC:
         warnings.warn(f"{path} is in torch's legacy format, which has no checksums: loaded unverified", stacklevel=4)
-        return None
+        return None, None
     report, payloads = verify_payloads(reader, path, num_threads=default_num_threads())
     if not report.ok:
         more = f" (and {len(report.problems) - 1} more problems)" if len(report.problems) > 1 else ""
         raise CorruptCheckpointError(f"{path} is damaged: {report.problems[0]}{more}; load an earlier checkpoint")
-    return Payloads(reader, path, payloads)
+    return Payloads(reader, path, payloads), report.metadata
 
 
 def _looks_at_nothing(payloads: Payloads, map_location: MapLocation) -> bool:
