@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from asyncckpt.policies import AdaptiveInterval as AdaptiveInterval
     from asyncckpt.policies import EveryMinutes as EveryMinutes
     from asyncckpt.policies import EverySteps as EverySteps
+    from asyncckpt.preemption import PreemptionGuard as PreemptionGuard
     from asyncckpt.records import CheckpointInfo as CheckpointInfo
     from asyncckpt.records import Timings as Timings
     from asyncckpt.records import VerifyReport as VerifyReport
@@ -80,6 +81,7 @@ _HOMES = {
     "asyncckpt.interval": ("daly_interval", "expected_overhead", "optimal_interval", "young_interval"),
     "asyncckpt.manager": ("CheckpointManager",),
     "asyncckpt.policies": ("AdaptiveInterval", "EveryMinutes", "EverySteps"),
+    "asyncckpt.preemption": ("PreemptionGuard",),
     "asyncckpt.records": ("CheckpointInfo", "Timings", "VerifyReport"),
     "asyncckpt.registry.retention": ("KeepBest", "KeepEvery", "KeepLast"),
     "asyncckpt.service.default": ("prepare", "save", "wait"),

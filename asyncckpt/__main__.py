@@ -8,6 +8,10 @@ import sys
 
 def main() -> None:
     """Run the command line, and exit with its code."""
+    if sys.argv[1:2] == ["run"]:  # stays in memory as long as the training
+        from asyncckpt.cli import run
+
+        sys.exit(run.main(sys.argv[2:]))
     try:
         import rich as _rich  # noqa: F401
         import typer as _typer  # noqa: F401

@@ -511,6 +511,16 @@ class CheckpointManager:
             dropped = self._saver.run_on_worker(lambda: self._directory.prune(retention))
         return [self._directory.locate(info) for info in dropped]
 
+    # --- the writer process ---
+
+    def use_writer_process(self) -> bool:
+        """As `AsyncCheckpointSaver.use_writer_process`; ranks other than the first write nothing, and start nothing."""
+        return Ranks().is_first and self._saver.use_writer_process()
+
+    def leave_to_writer(self) -> None:
+        """As `AsyncCheckpointSaver.leave_to_writer`."""
+        self._saver.leave_to_writer()
+
     # --- the end ---
 
     def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:

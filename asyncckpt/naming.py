@@ -9,9 +9,13 @@ from collections.abc import Mapping
 
 REGISTRY_NAME = "registry.json"
 LOCK_NAME = ".asyncckpt.lock"
-WRITER_NAME = "asyncckpt-save"  # what the writer process is called (/proc/PID/comm: 15 characters at most)
+WRITER_LOG_PREFIX = "asyncckpt-writer-"
 BEST_NAME = "best_model.pt"
 CHECKPOINT_SUFFIX = ".pt"
+# What the processes call themselves (prctl PR_SET_NAME, at most 15 characters), for `ps`, and for each other: whoever
+# must not end before a writer process finds it by this name.
+WRITER_NAME = "asyncckpt-save"
+INIT_NAME = "asyncckpt-run"
 
 _TEMPORARY_NAME = re.compile(r"\.asyncckpt-[0-9a-f]{16}-.*\.tmp", re.DOTALL)
 _MAX_NAME_BYTES = 143  # NAME_MAX of eCryptfs, the least we know

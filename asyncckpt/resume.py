@@ -16,14 +16,14 @@ import torch
 from asyncckpt.distributed.ranks import OtherRankError, Ranks
 from asyncckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 from asyncckpt.image.file import open_checkpoint
-from asyncckpt.image.load import load_reader
+from asyncckpt.image.load import Loaded, load_to_restore
 from asyncckpt.image.verify import read_metadata
 from asyncckpt.naming import BEST_NAME
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.directory import CheckpointDirectory, Report
 from asyncckpt.registry.recovery import Survey, file_of
 from asyncckpt.registry.registry import FileDescription, read_description
-from asyncckpt.state.restore import restore_checkpoint
+from asyncckpt.state.restore import restore_checkpoint, taken_apart
 from asyncckpt.threads import log_quietly
 
 _NUM_LOOKS = 3  # at a directory that another process prunes meanwhile
@@ -45,18 +45,28 @@ class Target:
     restore_rng: bool
     weights_only: bool | None
 
-    def restore(self, checkpoint: dict[str, Any], ranks: Ranks) -> None:
-        """Put the checkpoint in place as this rank saved it: with its own generators' states, and what was its own."""
+    def take(self, loaded: Loaded, ranks: Ranks) -> dict[str, Any]:
+        """The checkpoint as this rank saved it, with its own generators' states and what was its own, and what is to be
+        restored read from the file into memory of its own. Changes nothing; raises as loading does."""
         check_names(self.stateful, self.rank_stateful)
-        objects = {**(self.stateful or {}), **(self.rank_stateful or {})}
-        rank_states = checkpoint.get("rank_states")
-        adapted = dict(checkpoint)
+        taken = dict(loaded.state)
+        rank_states = taken.get("rank_states")
+        states = taken.get("stateful") or {}
         if rank_states is not None and len(rank_states) == ranks.size:
             own = rank_states[ranks.rank]
-            adapted["rng_states"] = own["rng_states"]
-            adapted["stateful"] = {**checkpoint.get("stateful", {}), **own["stateful"]}
+            taken["rng_states"] = own["rng_states"]
+            states = {**states, **own["stateful"]}
         elif rank_states is not None or ranks.size > 1:
-            adapted["rng_states"] = None
+            taken["rng_states"] = None
+        objects = self._objects()
+        taken["stateful"] = taken_apart(states, loaded, [name for name in states if name in objects])
+        return taken_apart(taken, loaded, self._wanted())
+
+    def restore(self, taken: dict[str, Any], ranks: Ranks) -> None:
+        """Put in place what was taken."""
+        objects = self._objects()
+        rank_states = taken.get("rank_states")
+        if (rank_states is not None and len(rank_states) != ranks.size) or (rank_states is None and ranks.size > 1):
             saved = {name for state in rank_states or () for name in state["stateful"]}
             objects = {name: thing for name, thing in objects.items() if name not in saved}
             if ranks.is_first and (self.optimizer is not None or self.rank_stateful):  # not for weights alone
@@ -66,7 +76,7 @@ class Target:
                     "and what ranks kept of their own, are left as they are",
                 )
         restore_checkpoint(
-            adapted,
+            taken,
             self.model,
             self.optimizer,
             self.scheduler,
@@ -74,7 +84,15 @@ class Target:
             stateful=objects,
             strict=self.strict,
             restore_rng=self.restore_rng,
+            gives_memory=True,
         )
+
+    def _wanted(self) -> list[str]:
+        keys = ["model_state_dict"] + ["optimizer_state_dict"] * (self.optimizer is not None)
+        return keys + ["scheduler_state_dict"] * (self.scheduler is not None) + ["rng_states"] * self.restore_rng
+
+    def _objects(self) -> dict[str, Any]:
+        return {**(self.stateful or {}), **(self.rank_stateful or {})}
 
 
 class Resume:
@@ -183,12 +201,14 @@ class Resume:
         ranks = Ranks()
         weights_only = self._weights_only if target.weights_only is None else target.weights_only
         try:
-            checkpoint = ranks.on_all(lambda: _read(path, expected, weights_only=weights_only))
+            checkpoint, taken = ranks.on_all(
+                lambda: _read(path, expected, lambda loaded: target.take(loaded, ranks), weights_only=weights_only)
+            )
         except Exception as error:
             if _is_unreadable(error):
                 raise _Unreadable(error) from error
             raise
-        ranks.on_all(lambda: target.restore(checkpoint, ranks))
+        ranks.on_all(lambda: target.restore(taken, ranks))
         return checkpoint
 
 
@@ -229,12 +249,17 @@ def check_names(stateful: Mapping[str, Any] | None, rank_stateful: Mapping[str, 
         raise ValueError(f"{', '.join(both)} can't be both in stateful and in rank_stateful: one would be lost")
 
 
-def _read(path: str, expected: _Candidate | None, *, weights_only: bool) -> dict[str, Any]:
-    """Load a checkpoint's file; one that the registry named must be what it says, and is not looked for by a link."""
+def _read(
+    path: str, expected: _Candidate | None, take: Callable[[Loaded], dict[str, Any]], *, weights_only: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Load a checkpoint's file, and take from it while it is open; the checkpoint, and what was taken.
+
+    One that the registry named must be what it says, and is not looked for by a link.
+    """
     with open_checkpoint(path, follow_links=expected is None) as reader:
-        checkpoint = load_reader(reader, path, weights_only=weights_only)  # which verifies it
+        loaded = load_to_restore(reader, path, weights_only=weights_only)
         if expected is not None:
             expected.check(read_description(read_metadata(reader), reader.num_bytes))
-    if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
-        raise CheckpointError(f"{path} is whole, but not a training checkpoint: it has no model_state_dict")
-    return checkpoint
+        if not isinstance(loaded.state, dict) or "model_state_dict" not in loaded.state:
+            raise CheckpointError(f"{path} is whole, but not a training checkpoint: it has no model_state_dict")
+        return loaded.state, take(loaded)

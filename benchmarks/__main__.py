@@ -21,7 +21,7 @@ from benchmarks.report import PLOT_NAME, markdown
 from benchmarks.saving import measure_saving
 from benchmarks.startup import measure_imports, measure_planning
 from benchmarks.targets import Results, Row, judge
-from benchmarks.training import measure_slowdown
+from benchmarks.training import COMPARED, COMPARED_WITH_BUSY_PYTHON, BusyPython, Trainer, measure_slowdown
 from benchmarks.workload import WrongBytesError
 
 _STYLES = {True: "green", False: "red", None: "dim"}
@@ -54,13 +54,17 @@ def measure(options: argparse.Namespace, scratch: Path, tell: Callable[[str], No
     quick = options.quick
     num_bytes = int(options.gigabytes * 1e9)
     num_repeats = 1 if quick else 3
+    undisturbed_secs = 0.1 if quick else 2.0
     return Results(
         machine=describe(scratch),
         imports=measure_imports(1 if quick else 5, tell),
         planning=measure_planning((100, 1000) if quick else (100, 10_000, 100_000), num_repeats, tell),
         memory=measure_memory(num_bytes, scratch, tell),
         saving=measure_saving(num_bytes, options.rounds, scratch, tell),
-        slowdown=measure_slowdown(num_bytes, num_repeats, 0.1 if quick else 2.0, scratch, tell),
+        slowdown=measure_slowdown(Trainer(), COMPARED, num_bytes, num_repeats, undisturbed_secs, scratch, tell),
+        busy_python=measure_slowdown(
+            BusyPython(), COMPARED_WITH_BUSY_PYTHON, num_bytes, num_repeats, undisturbed_secs, scratch, tell
+        ),
         loading=measure_loading(num_bytes, num_repeats, scratch, tell),
     )
 

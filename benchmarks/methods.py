@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -160,10 +160,11 @@ class AsyncckptCopy(Method):
         "first save pays for fresh memory, as nobody called prepare()."
     )
     nice = 10
+    writer: Literal["thread", "process"] = "thread"
 
     def __init__(self) -> None:
         snapshot: Any = "overlap" if self.overlaps else "copy"
-        self._saver = asyncckpt.AsyncCheckpointSaver(snapshot=snapshot, nice=self.nice)
+        self._saver = asyncckpt.AsyncCheckpointSaver(snapshot=snapshot, writer=self.writer, nice=self.nice)
 
     def save(self, workload: Workload, state: State, path: Path) -> None:
         self._handle = self._saver.save(state, path, **self._arguments(workload))
@@ -197,6 +198,13 @@ class AsyncckptOverlap(AsyncckptCopy):
         return {"optimizers": [workload.optimizer], "modules": [workload.model]}
 
 
+class AsyncckptProcess(AsyncckptCopy):
+    key = "process"
+    name = "asyncckpt copy, process"
+    about = "as asyncckpt copy, with writer='process': another process, which outlives the trainer, does the writing."
+    writer = "process"
+
+
 class AsyncckptCopyEager(AsyncckptCopy):
     key = "copy-nice-0"
     name = "asyncckpt copy, nice=0"
@@ -206,7 +214,15 @@ class AsyncckptCopyEager(AsyncckptCopy):
 
 MAKERS: dict[str, Callable[[], Method]] = {
     method.key: method
-    for method in (TorchSave, ReferenceSaver, DcpAsyncSave, DcpKeptStager, AsyncckptCopy, AsyncckptOverlap)
+    for method in (
+        TorchSave,
+        ReferenceSaver,
+        DcpAsyncSave,
+        DcpKeptStager,
+        AsyncckptCopy,
+        AsyncckptProcess,
+        AsyncckptOverlap,
+    )
 }
 
 

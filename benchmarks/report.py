@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from benchmarks.samples import Samples
 from benchmarks.targets import Results, Row, ms, ratio
+from benchmarks.training import SlowdownResults
 
 PLOT_NAME = "results.png"
 VERDICTS = {True: "met", False: "**not met**", None: "does not apply"}
@@ -103,12 +104,22 @@ def _training(results: Results) -> Iterator[str]:
 A small GPT trains on all cores while the big state is written in the background. *In the window*: median step while
 writing over median step just before. *Lost*: by how much all steps in the window took longer.
 """
+    yield from _slowdowns(results.slowdown.values())
+    yield """## A busy Python thread while a save is written
+
+The same beside a training thread that never lets go of the GIL by itself: writing threads have to ask for it, a writer
+process has its own.
+"""
+    yield from _slowdowns(results.busy_python.values())
+
+
+def _slowdowns(compared: Iterable[SlowdownResults]) -> Iterator[str]:
     header = ("method", "step in the window", "lost per save, s", "stall, s", "window, s")
     yield from _table(
         header,
         (
             [found.name, f"{ratio(found.ratio)} x", *(_spread(s) for s in (found.lost, found.blocked, found.writing))]
-            for found in results.slowdown.values()
+            for found in compared
         ),
     )
 

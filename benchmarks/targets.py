@@ -25,6 +25,7 @@ class Results:
     memory: dict[str, MemoryUse]
     saving: SavingResults
     slowdown: dict[str, SlowdownResults]
+    busy_python: dict[str, SlowdownResults]
     loading: LoadResults
 
 

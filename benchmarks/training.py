@@ -5,16 +5,29 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from asyncckpt import AdaptiveInterval
-from benchmarks.methods import AsyncckptCopy, AsyncckptCopyEager, DcpAsyncSave, Method, ReferenceSaver, remove
+from benchmarks.methods import (
+    AsyncckptCopy,
+    AsyncckptCopyEager,
+    AsyncckptProcess,
+    DcpAsyncSave,
+    Method,
+    ReferenceSaver,
+    remove,
+)
 from benchmarks.samples import Samples
 from benchmarks.workload import GPT, Workload, new_optimizer, random_tokens
 
-_COMPARED: tuple[Callable[[], Method], ...] = (ReferenceSaver, DcpAsyncSave, AsyncckptCopy, AsyncckptCopyEager)
+COMPARED: tuple[Callable[[], Method], ...] = (
+    *(ReferenceSaver, DcpAsyncSave),
+    *(AsyncckptCopy, AsyncckptProcess, AsyncckptCopyEager),
+)
+COMPARED_WITH_BUSY_PYTHON: tuple[Callable[[], Method], ...] = (ReferenceSaver, AsyncckptCopy, AsyncckptProcess)
+_NUM_ADDITIONS = 100_000  # in a step of pure Python: some milliseconds
 
 
 @dataclass
@@ -45,14 +58,17 @@ class Trainer:
         self._model = GPT(width=128, num_layers=4)
         self._optimizer = new_optimizer(self._model)
 
+    def step(self) -> None:
+        self._optimizer.zero_grad()
+        self._model(random_tokens()).backward()
+        self._optimizer.step()
+
     def run_while(self, go_on: Callable[[], bool]) -> list[float]:
         """Train until `go_on` says no, at least one step; seconds of each."""
         secs: list[float] = []
         while not secs or go_on():
             started = time.perf_counter()
-            self._optimizer.zero_grad()
-            self._model(random_tokens()).backward()
-            self._optimizer.step()
+            self.step()
             secs.append(time.perf_counter() - started)
         return secs
 
@@ -61,12 +77,27 @@ class Trainer:
         return self.run_while(lambda: time.perf_counter() < deadline)
 
 
+class BusyPython(Trainer):
+    """A thread that holds the GIL all the time, as tokenizers and loggers do."""
+
+    def step(self) -> None:
+        total = 0
+        for number in range(_NUM_ADDITIONS):
+            total += number
+
+
 def measure_slowdown(
-    num_bytes: int, num_rounds: int, undisturbed_secs: float, directory: Path, tell: Callable[[str], None]
+    trainer: Trainer,
+    compared: Sequence[Callable[[], Method]],
+    num_bytes: int,
+    num_rounds: int,
+    undisturbed_secs: float,
+    directory: Path,
+    tell: Callable[[str], None],
 ) -> dict[str, SlowdownResults]:
     """Save a big state in the background of a small training run, each method in turn; the first round is apart."""
-    workload, trainer = Workload(num_bytes), Trainer()
-    methods = [make() for make in _COMPARED]
+    workload = Workload(num_bytes)
+    methods = [make() for make in compared]
     found = {method.key: SlowdownResults(method.name) for method in methods}
     trainer.run_for(undisturbed_secs)
     try:

@@ -13,6 +13,7 @@ from asyncckpt import errors
 PUBLIC = {
     *("save", "load", "verify", "wait", "prepare"),
     *("CheckpointManager", "KeepBest", "KeepEvery", "KeepLast", "AdaptiveInterval", "EveryMinutes", "EverySteps"),
+    "PreemptionGuard",
     *("ResumableSampler", "create_checkpoint", "save_distributed_checkpoint", "load_distributed_checkpoint"),
     *("optimal_interval", "young_interval", "daly_interval", "expected_overhead"),
     *("AsyncCheckpointSaver", "SaveHandle", "CheckpointInfo", "Timings", "VerifyReport", "Event"),

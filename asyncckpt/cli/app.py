@@ -152,6 +152,26 @@ def interval(
     _show(report, advice.draw, as_json)
 
 
+@app.command()
+def doctor(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Where checkpoints are to be saved.")] = ".",
+    as_json: _Json = False,
+) -> None:
+    """Say what a directory and this machine can do, and what to change. Exits with 1 if checkpoints are not safe."""
+    from asyncckpt.cli import diagnosis
+
+    examination = diagnosis.gather(directory)
+    _show(examination, diagnosis.draw, as_json)
+    if not examination.ok:
+        raise typer.Exit(FOUND)
+
+
+@app.command()
+def run() -> None:
+    """Run a training command as a container's first process: it ends when the last checkpoint is written."""
+    raise AssertionError("unreachable")  # `__main__` sees to it before typer is imported; this is for --help
+
+
 def _show(report: Report, draw: Callable[[Report, Console], None], as_json: bool) -> None:
     if as_json:
         print_json(report)

@@ -10,10 +10,11 @@ import torch
 from asyncckpt.distributed.ranks import Ranks
 from asyncckpt.distributed.sharding import check_replicated
 from asyncckpt.errors import CheckpointError
-from asyncckpt.image.load import load
+from asyncckpt.image.file import local_path, open_checkpoint
+from asyncckpt.image.load import load_to_restore
 from asyncckpt.service.default import save
 from asyncckpt.state.capture import as_int, unwrap
-from asyncckpt.state.restore import restore_checkpoint
+from asyncckpt.state.restore import restore_checkpoint, taken_apart
 
 
 def save_distributed_checkpoint(
@@ -62,13 +63,17 @@ def load_distributed_checkpoint(
     """
     ranks = Ranks()
     checkpoint = ranks.on_all(lambda: _read(filepath))
-    ranks.on_all(lambda: restore_checkpoint(checkpoint, model, optimizer, device=device, restore_rng=False))
+    ranks.on_all(
+        lambda: restore_checkpoint(checkpoint, model, optimizer, device=device, restore_rng=False, gives_memory=True)
+    )
     epoch: int = checkpoint["epoch"]
     return epoch
 
 
 def _read(filepath: str | os.PathLike[str]) -> dict[str, Any]:
-    checkpoint = load(filepath)
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {"model_state_dict", "epoch"}:
-        raise CheckpointError(f"{os.fspath(filepath)!r} is whole, but has no model_state_dict and epoch")
-    return checkpoint
+    name = local_path(filepath)
+    with open_checkpoint(name) as reader:
+        loaded = load_to_restore(reader, name)
+        if not isinstance(loaded.state, dict) or not loaded.state.keys() >= {"model_state_dict", "epoch"}:
+            raise CheckpointError(f"{os.fspath(filepath)!r} is whole, but has no model_state_dict and epoch")
+        return taken_apart(loaded.state, loaded, ("model_state_dict", "optimizer_state_dict"))

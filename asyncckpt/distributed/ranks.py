@@ -57,6 +57,15 @@ class Ranks:
         self._raise(next((failure for failure in failures if failure is not None), None), error)
         return cast(T, result)
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank; one small message."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor([int(flag)])
+        with _meeting(None):
+            distributed.all_reduce(flags, distributed.ReduceOp.MAX, group=_group())
+        return bool(flags.item())
+
     def on_first(self, action: Callable[[], T]) -> T:
         """Run `action` on the first rank; its result (plain data) everywhere."""
         if self.size == 1:

@@ -1,4 +1,4 @@
-"""Loading: verify a file through one descriptor, then map that same descriptor with torch."""
+"""Loading: verify a file through one descriptor, then map that same descriptor with torch, or read it once more."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import IO, Any, cast
 
 import torch
 
-from asyncckpt.errors import CorruptCheckpointError, UnsafeCheckpointError
+from asyncckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
+from asyncckpt.image.checked_file import CheckedFile
 from asyncckpt.image.file import local_path, open_checkpoint
-from asyncckpt.image.verify import default_num_threads, verify_reader
+from asyncckpt.image.mapped_file import MappedFile
+from asyncckpt.image.payloads import Payloads
+from asyncckpt.image.verify import default_num_threads, verify_payloads
 from asyncckpt.storage.base import Reader
 from asyncckpt.storage.local import LocalReader
 
@@ -26,6 +30,11 @@ MapLocation = Callable[[Any, str], Any] | torch.device | str | dict[str, str] | 
 # What torch.save(..., _use_new_zipfile_serialization=False) writes first: a pickled magic number.
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
+# The functions that tensors are pickled by, and those of them that use a storage without looking at its bytes.
+_REBUILD = re.compile(rb"_rebuild_\w+")
+_REBUILT_UNSEEN = frozenset({b"_rebuild_tensor", b"_rebuild_tensor_v2", b"_rebuild_tensor_v3", b"_rebuild_parameter"})
+
+_NUM_ATTEMPTS = 3  # at a file that is written to, or touched, while it is loaded
 _OUT_OF_MEMORY = re.compile("DefaultCPUAllocator|[Cc]annot allocate|unable to mmap|out of memory")
 
 
@@ -38,9 +47,12 @@ def load(
 ) -> Any:
     """Load a checkpoint after checking every byte of it. Blocks; thread-safe.
 
-    Takes files of asyncckpt and of torch.save. CPU tensors are mapped from the file, privately: writing to them never
-    changes it, and replacing or deleting the file does not disturb them (truncating it in place would). `mmap=False`
-    reads them into memory instead. `map_location` is torch.load's; the default puts everything on the CPU.
+    Takes files of asyncckpt and of torch.save. On the CPU plain tensors are mapped from the file, privately: writing to
+    them never changes it, and replacing or deleting the file does not disturb them. What changes the file in place
+    while it is loaded is found; later it would change tensors that were not looked at yet, and truncating it would end
+    the process. `mmap=False` reads tensors into memory instead, each against its checksum: then nothing that happens to
+    the file matters any more. So are all of another `map_location` (torch.load's; the default puts everything on the
+    CPU), and files with tensors that torch looks at to load them (sparse, quantized).
 
     With `weights_only` (the default) nothing in the file can run code; `weights_only=False` unpickles freely, so use it
     only for files whose author you trust.
@@ -50,33 +62,95 @@ def load(
     """
     name = local_path(path)
     with open_checkpoint(name) as reader:
-        return load_reader(reader, name, map_location, weights_only=weights_only, mmap=mmap)
+        return load_from(reader, name, map_location, weights_only=weights_only, mmap=mmap).state
 
 
-def load_reader(
+@dataclass(frozen=True)
+class Loaded:
+    """What a file holds. `file` gives its tensors' bytes once more, from the file rather than from its mapping."""
+
+    state: Any
+    file: MappedFile | None  # None: nothing is mapped
+
+
+def load_from(
     reader: LocalReader, path: str, map_location: MapLocation = "cpu", *, weights_only: bool = True, mmap: bool = True
-) -> Any:
+) -> Loaded:
     """Load an open file as `load` does, and leave it open. `path` is for messages."""
-    mmap = _check(reader, path) and mmap
-    mapping = _private_mapping() if mmap else contextlib.nullcontext()
-    with mapping, _clear_errors(path, map_location, weights_only=weights_only):
-        return torch.load(
-            _descriptor_path(reader, path), map_location=map_location, weights_only=weights_only, mmap=mmap
-        )
+    for _ in range(_NUM_ATTEMPTS):
+        before = reader.last_change()
+        try:
+            payloads = _check(reader, path)
+            with _clear_errors(path, map_location, weights_only=weights_only):
+                if payloads is None:
+                    state = _load_legacy(reader, path, map_location, weights_only=weights_only)
+                elif not (mmap and _looks_at_nothing(payloads, map_location)):
+                    return Loaded(_read(payloads, map_location, weights_only=weights_only), None)
+                else:
+                    state = _map(reader, path, map_location, weights_only=weights_only)
+        except Exception:
+            if reader.last_change() == before:
+                raise
+        else:
+            if reader.last_change() == before:
+                return Loaded(state, MappedFile(reader, payloads) if payloads is not None else None)
+        # Somebody writes to the file, or has only touched it: what was loaded may not be what was checked.
+    raise CorruptCheckpointError(f"{path} keeps being written to while it is loaded")
 
 
-def _check(reader: Reader, path: str) -> bool:
-    """Raise unless the file is whole; False for the legacy format, which has no checksums."""
+def load_to_restore(reader: LocalReader, path: str, *, weights_only: bool = True) -> Loaded:
+    """As `load_from`, mapped only where all tensors can be read apart from the mapping.
+
+    Objects that are unpickled freely hide theirs, and other systems than Linux don't say what is mapped where.
+    """
+    return load_from(reader, path, weights_only=weights_only, mmap=weights_only and sys.platform == "linux")
+
+
+def _check(reader: Reader, path: str) -> Payloads | None:
+    """Raise unless the file is whole; None for the legacy format, which has no checksums."""
     start = memoryview(bytearray(min(len(_LEGACY_MAGIC), reader.num_bytes)))
     reader.read_into(0, start)
     if bytes(start) == _LEGACY_MAGIC:
-        warnings.warn(f"{path} is in torch's legacy format, which has no checksums: loaded unverified", stacklevel=3)
-        return False
-    report = verify_reader(reader, path, num_threads=default_num_threads())
+        warnings.warn(f"{path} is in torch's legacy format, which has no checksums: loaded unverified", stacklevel=4)
+        return None
+    report, payloads = verify_payloads(reader, path, num_threads=default_num_threads())
     if not report.ok:
         more = f" (and {len(report.problems) - 1} more problems)" if len(report.problems) > 1 else ""
         raise CorruptCheckpointError(f"{path} is damaged: {report.problems[0]}{more}; load an earlier checkpoint")
-    return True
+    return Payloads(reader, path, payloads)
+
+
+def _looks_at_nothing(payloads: Payloads, map_location: MapLocation) -> bool:
+    """Whether torch makes the tensors without touching their bytes, which may be gone by then: that is a SIGBUS."""
+    if not _is_on_host(map_location) or payloads.contents("byteorder") != sys.byteorder.encode():
+        return False  # moved to a device, or turned around
+    return set(_REBUILD.findall(payloads.contents("data.pkl"))) <= _REBUILT_UNSEEN
+
+
+def _is_on_host(map_location: MapLocation) -> bool:
+    return map_location in ("cpu", "meta", torch.device("cpu"), torch.device("meta"))
+
+
+def _read(payloads: Payloads, map_location: MapLocation, *, weights_only: bool) -> Any:
+    """Into memory, every byte against its checksum on the way."""
+    file = CheckedFile(payloads)
+    try:
+        return torch.load(cast(IO[bytes], file), map_location=map_location, weights_only=weights_only, mmap=False)
+    except Exception:
+        if file.error is not None:
+            raise file.error from None
+        raise
+
+
+def _map(reader: LocalReader, path: str, map_location: MapLocation, *, weights_only: bool) -> Any:
+    name = _descriptor_path(reader, path)
+    with _private_mapping():
+        return torch.load(name, map_location=map_location, weights_only=weights_only, mmap=True)
+
+
+def _load_legacy(reader: LocalReader, path: str, map_location: MapLocation, *, weights_only: bool) -> Any:
+    name = _descriptor_path(reader, path)
+    return torch.load(name, map_location=map_location, weights_only=weights_only, mmap=False)
 
 
 def _descriptor_path(reader: LocalReader, path: str) -> str:
@@ -113,7 +187,7 @@ def _private_mapping() -> Iterator[None]:
 @contextlib.contextmanager
 def _clear_errors(path: str, map_location: MapLocation, *, weights_only: bool) -> Iterator[None]:
     """Say what torch's errors mean. Errors of the caller's own code (classes, `map_location`) pass as they are."""
-    only_file_to_blame = weights_only and map_location in ("cpu", "meta", torch.device("cpu"), torch.device("meta"))
+    only_file_to_blame = weights_only and _is_on_host(map_location)
     try:
         yield
     except pickle.UnpicklingError as error:
@@ -126,7 +200,7 @@ def _clear_errors(path: str, map_location: MapLocation, *, weights_only: bool) -
             f"{path} was not loaded, because it could run code: {what}. If you trust its author, allow that class with "
             "torch.serialization.add_safe_globals, or pass weights_only=False"
         ) from error
-    except (OSError, MemoryError):
+    except (OSError, MemoryError, CheckpointError):
         raise
     except Exception as error:
         if not only_file_to_blame or _OUT_OF_MEMORY.search(str(error)):

@@ -41,6 +41,15 @@ _MAX32 = 0xFFFFFFFF
 _MOST_HEADER_BYTES = _LOCAL_HEADER.size + 2 * _MAX_FIELD_BYTES
 
 
+class Payload(NamedTuple):
+    """A record's bytes, where they were found and proven to match; `name` includes the archive's folder."""
+
+    name: str
+    offset: int
+    num_bytes: int
+    crc: int
+
+
 class Entry(NamedTuple):
     """One record as the central directory describes it; `name` includes the archive's folder."""
 
@@ -72,12 +81,18 @@ def verify_reader(reader: Reader, path: str, *, num_threads: int = 1) -> VerifyR
 
     `num_threads=1` starts no thread, so that it works at interpreter exit.
     """
+    report, _ = verify_payloads(reader, path, num_threads=num_threads)
+    return report
+
+
+def verify_payloads(reader: Reader, path: str, *, num_threads: int = 1) -> tuple[VerifyReport, Sequence[Payload]]:
+    """As `verify_reader`, with where each record's bytes lie; none if there are problems."""
     try:
         archive = read_archive(reader)
         metadata = _read_metadata(reader, archive)
         layout = _our_layout(archive) if metadata is not None else None
     except CorruptCheckpointError as error:
-        return VerifyReport(path, reader.num_bytes, 0, (str(error),), None)
+        return VerifyReport(path, reader.num_bytes, 0, (str(error),), None), ()
     problems: list[str] = []
     if archive.find("data.pkl") is None:
         problems.append("it is a zip archive, but not a checkpoint: it has no record data.pkl")
@@ -92,7 +107,8 @@ def verify_reader(reader: Reader, path: str, *, num_threads: int = 1) -> VerifyR
             for found in threads.map(checker.check, _spans(archive)):
                 problems += found
     problems += checker.combine()
-    return VerifyReport(path, reader.num_bytes, len(archive.entries), tuple(problems[:_MAX_PROBLEMS]), metadata)
+    report = VerifyReport(path, reader.num_bytes, len(archive.entries), tuple(problems[:_MAX_PROBLEMS]), metadata)
+    return report, () if problems else checker.payloads()
 
 
 def read_metadata(reader: Reader) -> Mapping[str, object] | None:
@@ -264,6 +280,7 @@ class _Checker:
         self._archive = archive
         self._layout = layout
         self._parts: dict[int, dict[int, tuple[int, int]]] = {}  # record → start → (crc, bytes)
+        self._offsets: dict[int, int] = {}  # record → where its payload starts
         self._buffers: list[bytearray] = []
 
     def check(self, span: _Span) -> list[str]:
@@ -290,6 +307,11 @@ class _Checker:
                 problems.append(f"record {entry.name} does not match its checksum")
         return problems
 
+    def payloads(self) -> Sequence[Payload]:
+        """Where the records' bytes lie; only after everything was found whole."""
+        entries = enumerate(self._archive.entries)
+        return [Payload(entry.name, self._offsets[index], entry.num_bytes, entry.crc) for index, entry in entries]
+
     def _check_records(self, span: _Span, buffer: memoryview) -> Iterator[str]:
         entries = self._archive.entries[span.first : span.last]
         start = entries[0].header_offset
@@ -305,6 +327,7 @@ class _Checker:
                 continue
             if not self._header_is_ours(index, data[header_at : header_at + payload_at]):
                 yield f"record {entry.name}: its header or padding is damaged"
+            self._offsets[index] = entry.header_offset + payload_at
             payload = data[header_at + payload_at : header_at + payload_at + entry.num_bytes]
             if crc32(payload) != entry.crc:
                 yield f"record {entry.name} does not match its checksum"
@@ -316,7 +339,7 @@ class _Checker:
         payload_at = self._payload_offset(entry, header)
         if payload_at is None or entry.header_offset + payload_at + entry.num_bytes > self._end_of(span.first):
             return [f"record {entry.name}: its header is damaged"] if span.start == 0 else []
-        offset = entry.header_offset + payload_at
+        self._offsets[span.first] = offset = entry.header_offset + payload_at
         crc = 0
         for start in range(span.start, span.stop, READ_BYTES):
             view = buffer[: min(READ_BYTES, span.stop - start)]

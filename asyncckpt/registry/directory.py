@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import secrets
+import select
 import socket
 import threading
 import time
@@ -41,6 +42,7 @@ from asyncckpt.registry.registry import (
     encode_registry,
 )
 from asyncckpt.registry.retention import RetentionPolicy, retained
+from asyncckpt.storage import system_calls
 from asyncckpt.storage.base import FINISHING, Lock, Storage
 from asyncckpt.threads import log_quietly
 
@@ -145,11 +147,15 @@ class CheckpointDirectory:
     def await_finishing(self) -> None:
         """Wait for a writer that finishes the checkpoints of a trainer that has died, so that they are seen.
 
-        Returns at once if there is none; blocks for ten minutes at most.
+        Returns at once if there is none; blocks for ten minutes at most. Where the lock is still in the name of a
+        process that has ended, its writer is given as long as anybody who wants the lock to say that it goes on.
         """
-        deadline = time.monotonic() + _MAX_FINISHING_SECS
+        started = time.monotonic()
         is_announced = False
-        while (holder := self._finishing_holder()) and time.monotonic() < deadline:
+        while holder := self._finishing_holder():
+            patience = _MAX_FINISHING_SECS if holder.startswith(FINISHING) else self._lock_timeout_secs
+            if time.monotonic() - started >= patience:
+                return
             if not is_announced:
                 log_quietly(logging.WARNING, f"waiting for what still writes to {self.path}: {holder}")
                 is_announced = True
@@ -160,7 +166,8 @@ class CheckpointDirectory:
             holder = self._storage.read(self.path_of(LOCK_NAME), _MAX_HOLDER_BYTES).decode("utf-8", "replace")
         except OSError:
             return ""
-        return holder if holder.startswith(FINISHING) and self._storage.is_locked(self.path) else ""
+        is_left = holder.startswith(FINISHING) or _has_ended(holder)
+        return holder if is_left and self._storage.is_locked(self.path) else ""
 
     def note_damaged(self, info: CheckpointInfo) -> None:
         """A load found it so: from now on it is not the best, and takes no whole checkpoint's place in retention."""
@@ -241,7 +248,7 @@ class CheckpointDirectory:
 
     def _take_lock(self) -> Lock:
         since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        holder = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
+        holder = f"{_holder(os.getpid())}, since {since}"
         started = time.monotonic()
         is_announced = False
         while True:
@@ -405,10 +412,11 @@ class CheckpointDirectory:
         """The sequence numbers of what was found to be damaged."""
         return self._damaged
 
-    def tell_that_it_finishes(self) -> None:
-        """Tell others that the lock's holder only finishes what a process that has ended left to it."""
+    def inherit(self) -> None:
+        """The process that shared the lock has ended: tell others that what it left is only being finished here."""
         if self._lock is not None:
-            self._lock.describe(f"{FINISHING}writer process {os.getpid()} on {socket.gethostname()}")
+            self._lock.inherit()
+            self._lock.describe(f"{FINISHING}writer {_holder(os.getpid())}")
 
     # --- writing ---
 
@@ -492,7 +500,8 @@ class CheckpointDirectory:
             try:
                 self._write(pruned)
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                if not is_full or not self._is_recorded:  # what is to be kept may not be durable yet
                     raise
                 # Room first: should we die here, whoever opens the directory next finds these files gone, no more.
                 self._registry, self._is_recorded = pruned, False
@@ -592,6 +601,29 @@ class CheckpointDirectory:
         path = self.path_of(name)
         log_quietly(level, f"{path}: {detail}")
         self._report_event(kind, path, detail)
+
+
+def _holder(pid: int) -> str:
+    return f"process {pid} on {socket.gethostname()}"
+
+
+def _has_ended(holder: str) -> bool:
+    """Whether the process of this machine that a lock's file names is no more."""
+    pid = holder.removeprefix("process ").split(" ", 1)[0]
+    if not pid.isdecimal() or not holder.startswith(f"{_holder(int(pid))}, ") or not hasattr(os, "pidfd_open"):
+        return False
+    try:
+        pidfd = os.pidfd_open(int(pid))
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(0))  # it may still wait for its parent to take note
+    finally:
+        system_calls.close(pidfd)
 
 
 @contextlib.contextmanager

@@ -15,10 +15,10 @@ import select
 import socket
 import weakref
 
-_MAX_PACKET_BYTES = 32 << 10
+_MAX_PACKET_BYTES = 4 << 10  # so that a hundred fit into the socket before anybody receives
 _MAX_DESCRIPTORS = 2
 _INLINE, _IN_MEMFD = b"\0", b"\1"
-_GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.EBADF, errno.ENOTCONN})
+_GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 
 
 class Connection:
@@ -47,7 +47,7 @@ class Connection:
         try:
             self._socket.sendmsg([packet], rights, socket.MSG_NOSIGNAL)
         except OSError as error:
-            if error.errno in _GONE:
+            if self._is_gone(error):
                 return False
             raise
         return True
@@ -58,7 +58,7 @@ class Connection:
         try:
             packet, ancillary, _, _ = self._socket.recvmsg(_MAX_PACKET_BYTES + 1, size, socket.MSG_CMSG_CLOEXEC)
         except OSError as error:
-            if error.errno in _GONE:
+            if self._is_gone(error):
                 return None
             raise
         if not packet:
@@ -75,6 +75,9 @@ class Connection:
             finally:
                 os.close(memfd)
         return packet[1:], received
+
+    def _is_gone(self, error: OSError) -> bool:
+        return error.errno in _GONE or self._socket.fileno() == -1  # else it is a descriptor beside the message
 
     def wait(self, other_fd: int) -> bool:
         """Wait for a message (or the end), or until `other_fd` can be read. False if there is no message by then."""

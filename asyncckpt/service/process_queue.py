@@ -11,11 +11,11 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
-from asyncckpt.errors import CheckpointError, CheckpointWriteError
+from asyncckpt.errors import CheckpointWriteError
 from asyncckpt.events import EventKind
 from asyncckpt.image.checksum import StagedImage
 from asyncckpt.records import CheckpointInfo
@@ -55,11 +55,12 @@ _MAX_ENDING_SECS = 10.0
 
 @dataclass(eq=False)
 class _Entry:
-    """A save that the writer has not finished. `torn` is why it must not commit."""
+    """A save for the writer, until it is finished. `torn` is why it must not commit."""
 
     number: int
     submission: Submission
-    is_sent: bool = False
+    is_started: bool = False  # the writer has been told of it
+    is_handed_over: bool = False  # and has its image
     is_begun: bool = False
     is_settled: bool = False
     num_deaths: int = 0
@@ -75,8 +76,20 @@ class _Entry:
         return listing.directory if listing is not None else None
 
 
+@dataclass(eq=False)
+class _Work:
+    """What threads of this process do, until it is done: a save that can't be handed over, or something else."""
+
+    number: int
+    start: Callable[[], object]
+    is_started: bool = False
+
+
 class ProcessQueue:
     """As `SaveQueue`, which it takes for what can't be handed over; its writer process is started at once. Thread-safe.
+
+    Everything has its turn in `_entries`: the writer and our own threads never work at the same time, so that each
+    finds the directory as the other has left it, and commits keep their order.
 
     Raises OSError when the process can't be started.
     """
@@ -86,11 +99,10 @@ class ProcessQueue:
         self._setup = setup
         self._emit = emit
         self._lock = threading.RLock()  # reentrant, since signal handlers may save; held for moments
-        self._changed = threading.Condition(self._lock)
-        self._entries: dict[int, _Entry] = {}
+        self._entries: dict[int, _Entry | _Work] = {}
         self._numbers = itertools.count(1)
-        self._num_exclusive = 0
         self._num_failed_starts = 0
+        self._has_given_up = False
         self._is_stopping = self._in_hurry = False
         self._told: set[str] = set()
         self._process: WriterProcess | None = self._start()
@@ -113,28 +125,36 @@ class ProcessQueue:
 
     def submit(self, submission: Submission) -> None:
         """Queue a save. `handle.is_submitted` says, also after Ctrl-C in here, whether it is on its way."""
-        if self._is_local(submission):
-            submission.handle.is_submitted = True
-            self._local.run(lambda: self._exclusively(lambda: self._local.carry_out(submission)))
-            return
-        entry = _Entry(next(self._numbers), submission)
+        number = next(self._numbers)
         try:
-            self._entries[entry.number] = entry
+            with self._lock:
+                is_local = self._is_local(submission)
+                self._entries[number] = self._local_save(number, submission) if is_local else _Entry(number, submission)
             submission.handle.is_submitted = True
-            self._send(entry)
+            self._advance()
         except BaseException:
-            self._send(entry)  # what the writer has heard already counts once
+            if number in self._entries:
+                submission.handle.is_submitted = True
+                self._advance()  # whatever is said or put twice counts once
             raise
 
     def staged(self, handle: SaveHandle) -> None:
-        """The handle's image is complete, or given up. On return it is in the writer's hands."""
-        for entry in list(self._entries.values()):
-            if entry.submission.handle is handle:
-                self._send_staged(entry)
+        """The handle's image is complete, or given up. On return it is in the writer's hands, if it is its turn."""
+        self._advance()
 
     def run(self, action: Callable[[], object]) -> None:
         """Run `action` on a worker of this process, once the writer has finished what it has. Does not wait."""
-        self._local.run(lambda: self._exclusively(action))
+        number = next(self._numbers)
+
+        def run() -> None:
+            try:
+                action()
+            finally:
+                self._forget(number)
+
+        with self._lock:
+            self._entries[number] = _Work(number, lambda: self._local.run(run))
+        self._advance()
 
     def hurry(self) -> None:
         """No more pauses between retries."""
@@ -144,23 +164,72 @@ class ProcessQueue:
 
     def stop(self) -> None:
         """End threads and process once they have finished what was submitted. Does not wait."""
-        self._local.stop()
-        with self._changed:
-            self._is_stopping = True
-            self._changed.notify_all()
-        self._hang_up_if_over()
-        self._replies.stop()
+        self._is_stopping = True
+        self._end_if_over()
 
     def leave(self) -> None:
         """This process ends: the writer is on its own."""
         if (process := self._process) is not None:
             process.leave()
 
+    # --- whose turn it is ---
+
+    def _next(self) -> Iterator[_Entry | _Work]:
+        """What need not wait: the first in line, and those behind it of the same kind."""
+        kind: type | None = None
+        for entry in list(self._entries.values()):
+            kind = kind or type(entry)
+            if type(entry) is not kind:
+                return
+            yield entry
+
+    def _advance(self) -> None:
+        """Start everything whose turn it is, and hand over the images that are complete."""
+        failed: list[tuple[_Entry, Exception]] = []
+        with self._lock:
+            for entry in self._next():
+                if isinstance(entry, _Work):
+                    self._local.run(self._start_works)
+                    break
+                try:
+                    self._send(entry)
+                except Exception as error:
+                    del self._entries[entry.number]
+                    failed.append((entry, error))
+                    self._tell(GiveUp(entry.number))
+        for entry, problem in failed:  # without the lock: the saver has one of its own
+            self._conclude(entry, None, problem)
+
+    def _start_works(self) -> None:
+        """On a worker, which no signal handler interrupts, so that each is started once."""
+        with self._lock:
+            for work in self._next():
+                if isinstance(work, _Work) and not work.is_started:
+                    work.is_started = True
+                    work.start()
+
+    def _forget(self, number: int) -> None:
+        with self._lock:
+            self._entries.pop(number, None)
+        self._advance()
+        self._end_if_over()
+
+    @property
+    def _is_over(self) -> bool:
+        return self._is_stopping and not self._entries
+
+    def _end_if_over(self) -> None:
+        if self._is_over:
+            self._local.stop()
+            self._replies.stop()
+            if (process := self._process) is not None:
+                process.hang_up()
+
     # --- what this process writes itself ---
 
     def _is_local(self, submission: Submission) -> bool:
         """Whether threads of this process have to write it; says why, once, where the user can do something."""
-        if self._process is None and self._num_failed_starts >= _MAX_FAILED_STARTS:
+        if self._has_given_up:
             return True
         image, listing = submission.image, submission.listing
         if listing is not None and (policy := listing.directory.retention) is not None and to_plain(policy) is None:
@@ -178,17 +247,15 @@ class ProcessQueue:
             self._told.add(reason)
             log_quietly(logging.WARNING, f"{reason}: threads write these checkpoints, and don't outlive the trainer")
 
-    def _exclusively(self, action: Callable[[], object]) -> None:
-        with self._changed:
-            self._num_exclusive += 1
-            self._changed.wait_for(lambda: not any(entry.is_sent for entry in list(self._entries.values())))
-        try:
-            action()
-        finally:
-            with self._changed:
-                self._num_exclusive -= 1
-            for entry in list(self._entries.values()):
-                self._send(entry)
+    def _local_save(self, number: int, submission: Submission) -> _Work:
+        finish = submission.finish
+
+        def finish_and_forget() -> None:
+            finish()
+            self._forget(number)
+
+        submission = replace(submission, finish=finish_and_forget)
+        return _Work(number, lambda: self._local.submit(submission))
 
     # --- to the writer ---
 
@@ -204,21 +271,23 @@ class ProcessQueue:
         if process is not None:
             process.connection.send(messages.encode(message), fds)
 
-    def _send(self, entry: _Entry, *, again: bool = False) -> None:
-        with self._lock:
-            process = self._process
-            if process is None or (entry.is_sent and not again) or (self._num_exclusive and not entry.is_sent):
-                return
-            submission = entry.submission
+    def _send(self, entry: _Entry) -> None:
+        """Tell the writer what it does not know of the save yet. Raises what went wrong while staging."""
+        process = self._process
+        if process is None:
+            return
+        submission = entry.submission
+        if not entry.is_started:
             planned: PlannedListing | None = None
             if (listing := submission.listing) is not None:
                 self._grant(process, listing.directory)
                 damaged = sorted(listing.directory.damaged)
                 planned = PlannedListing(id(listing.directory), listing.info, listing.run_id, damaged)
             self._tell(Submit(entry.number, os.fsencode(entry.path), planned))
-            entry.is_sent = True
-        if submission.image.is_complete:
-            self._send_staged(entry)
+            entry.is_started = True
+        if not entry.is_handed_over and submission.image.is_complete:
+            self._send_image(entry, process)
+            entry.is_handed_over = True
 
     def _grant(self, process: WriterProcess, directory: CheckpointDirectory) -> None:
         """Let the writer write the directory; again if this process has written it since."""
@@ -237,24 +306,18 @@ class ProcessQueue:
         process.connection.send(messages.encode(grant), (directory.share_lock(),))
         process.generations[number] = generation
 
-    def _send_staged(self, entry: _Entry) -> None:
+    def _send_image(self, entry: _Entry, process: WriterProcess) -> None:
         image = entry.submission.image
-        try:
-            source, arena = image.wait(), image.arena
-            with self._lock:
-                process = self._process
-                if process is None or not entry.is_sent or arena is None or arena.fd is None:
-                    return
-                assert isinstance(source, StagedImage)
-                if arena.number not in process.arenas:
-                    process.connection.send(messages.encode(ShareArena(arena.number)), (arena.fd,))
-                    process.arenas.add(arena.number)
-                    arena.before_close(partial(self._tell, ForgetArena(arena.number)))
-                records = [(record.name, record.num_bytes) for record in source.layout.records]
-                self._tell(Staged(entry.number, arena.number, records))
-        except BaseException as error:
-            self._tell(GiveUp(entry.number))
-            self._conclude(entry, None, error)
+        source, arena = image.wait(), image.arena
+        assert isinstance(source, StagedImage)
+        assert arena is not None
+        assert arena.fd is not None
+        if arena.number not in process.arenas:
+            process.connection.send(messages.encode(ShareArena(arena.number)), (arena.fd,))
+            process.arenas.add(arena.number)
+            arena.before_close(partial(self._tell, ForgetArena(arena.number)))
+        records = [(record.name, record.num_bytes) for record in source.layout.records]
+        self._tell(Staged(entry.number, arena.number, records))
 
     # --- from the writer ---
 
@@ -280,8 +343,9 @@ class ProcessQueue:
             self._emit(message.kind, os.fsdecode(message.path), message.detail)
         elif isinstance(message, messages.Logged):
             log_quietly(message.level, message.text)
-        elif (entry := self._entries.get(message.save)) is None:
-            return  # it was given up
+        elif not isinstance(entry := self._entries.get(message.save), _Entry):  # it was given up
+            if isinstance(message, AskCommit):
+                self._tell(MayCommit(message.save, False))
         elif isinstance(message, Begun):
             entry.is_begun = True
         elif isinstance(message, AskCommit):
@@ -322,11 +386,8 @@ class ProcessQueue:
         entry.submission.settle(info, error)
 
     def _finish(self, entry: _Entry) -> None:
-        with self._changed:
-            self._entries.pop(entry.number, None)
-            self._changed.notify_all()
         entry.submission.finish()
-        self._hang_up_if_over()
+        self._forget(entry.number)
 
     def _conclude(self, entry: _Entry, info: CheckpointInfo | None, error: BaseException | None) -> None:
         """Settle and finish a save that the writer will say no more of."""
@@ -334,46 +395,44 @@ class ProcessQueue:
             self._acknowledge(entry, info, error)
         self._finish(entry)
 
-    @property
-    def _is_over(self) -> bool:
-        return self._is_stopping and not self._entries
-
-    def _hang_up_if_over(self) -> None:
-        if self._is_over and (process := self._process) is not None:
-            process.hang_up()
-
     # --- when the writer dies ---
 
     def _replace(self, dead: WriterProcess) -> None:
         """Start another one, from the images that are still mapped here; on the thread that hears the writer."""
         with self._lock:
             self._process = None
+            unfinished = [entry for entry in self._entries.values() if isinstance(entry, _Entry) and entry.is_started]
         dead.wait()
         ending = dead.describe_end()
         self._report("writer_died", f"the writer process {dead.pid} {ending}")
         self._num_failed_starts += 1
-        unfinished = list(self._entries.values())
-        for entry in unfinished:
-            entry.num_deaths += entry.is_begun and not entry.is_settled
-            entry.is_begun = False
+        _count_death(unfinished)
         self._recover(unfinished)
-        for entry in [entry for entry in self._entries.values() if entry.num_deaths >= _MAX_DEATHS]:
+        for entry in [entry for entry in unfinished if entry.num_deaths >= _MAX_DEATHS and not entry.is_settled]:
             message = f"{entry.path} was not saved: the writer process died {entry.num_deaths} times while writing it"
             self._conclude(entry, None, CheckpointWriteError(f"{message}; the last one {ending}"))
-        self._start_another()
+        process = self._start_another()
+        with self._lock:
+            for entry in unfinished:
+                entry.is_started = entry.is_handed_over = entry.is_begun = False
+            self._process = process
+            if process is None:
+                self._give_up()
+        self._advance()
+        self._end_if_over()
 
     def _recover(self, entries: Iterable[_Entry]) -> None:
         """Find out what the dead one has committed: the directories and their files say so."""
         by_directory: dict[CheckpointDirectory, list[_Entry]] = {}
         for entry in entries:
-            if entry.directory is not None and entry.is_sent:
+            if entry.directory is not None:
                 by_directory.setdefault(entry.directory, []).append(entry)
             elif entry.is_settled:
                 self._conclude(entry, None, None)
         for directory, own in by_directory.items():
             try:
                 directory.recover()
-            except CheckpointError as error:
+            except Exception as error:
                 directory.close()  # the next save opens it anew
                 for entry in own:
                     self._conclude(entry, None, error)
@@ -385,28 +444,30 @@ class ProcessQueue:
                 if info is not None or entry.is_settled:
                     self._conclude(entry, directory.locate(info) if info is not None else None, None)
 
-    def _start_another(self) -> None:
-        process: WriterProcess | None = None
-        while process is None and self._num_failed_starts < _MAX_FAILED_STARTS:
+    def _start_another(self) -> WriterProcess | None:
+        while self._num_failed_starts < _MAX_FAILED_STARTS:
             try:
-                process = self._start()
+                return self._start()
             except OSError as error:
                 self._num_failed_starts += 1
                 self._report("writer_died", f"a writer process can't be started: {error}")
-        if process is None:
-            self._report("writer_died", "checkpoints are written by threads from now on, which end with the trainer")
-            for entry in list(self._entries.values()):
-                self._entries.pop(entry.number, None)
-                self._local.submit(entry.submission)
-            with self._changed:
-                self._changed.notify_all()
-            return
-        with self._lock:
-            self._process = process
-        for entry in list(self._entries.values()):
-            self._send(entry, again=True)
-        self._hang_up_if_over()
+        return None
+
+    def _give_up(self) -> None:
+        """No writer process can be had: threads write what is left, and whatever comes."""
+        self._report("writer_died", "checkpoints are written by threads from now on, which end with the trainer")
+        self._has_given_up = True
+        for number, entry in self._entries.items():
+            if isinstance(entry, _Entry):
+                self._entries[number] = self._local_save(number, entry.submission)
 
     def _report(self, kind: EventKind, detail: str) -> None:
         log_quietly(logging.WARNING, detail)
         self._emit(kind, "", detail)
+
+
+def _count_death(unfinished: Sequence[_Entry]) -> None:
+    """Against the saves that the writer had begun; if there are none, those whose images it was given."""
+    waiting = [entry for entry in unfinished if entry.is_handed_over and not entry.is_settled]
+    for entry in [entry for entry in waiting if entry.is_begun] or waiting:
+        entry.num_deaths += 1

@@ -47,6 +47,7 @@ WRITER_KINDS: tuple[str, ...] = get_args(WriterKind)
 logger = logging.getLogger("asyncckpt")
 
 _MAX_CALLBACK_SECS = 30.0  # at exit
+_LOOK_UP_SECS = 0.2
 
 _LARGE_ARRAYS_BYTES = 16 << 20
 
@@ -173,18 +174,27 @@ class AsyncCheckpointSaver:
         self._admission = Admission(max_in_flight, when_full)
         self._writer = writer
         self._setup = Setup(num_workers, nice, retries, verify_after_save)
+        self._is_left = False  # to the writer process
         with contextlib.ExitStack() as started:  # there may be no memory for one more thread
             started.callback(self._callbacks.stop)
-            self._queue = _make_queue(self._setup, self.emit, in_process=writer == "process")
+            self._queue: SaveQueue | ProcessQueue = SaveQueue(
+                LocalStorage(),
+                num_workers,
+                nice=nice,
+                retries=retries,
+                verify_after_save=verify_after_save,
+                emit=self.emit,
+            )
             started.callback(self._queue.stop)
+            if writer == "process":
+                self._queue = _in_process(self._queue, self._setup, self.emit)
             self._stagers = ThreadGroup("staging", 1)  # training may be waiting for these two: full priority
             started.callback(self._stagers.stop)
             self._copiers = copy_threads()
             started.pop_all()
         self._snapshots = Snapshotter(snapshot, max_in_flight, self._stagers, self._copiers)
         self._thread_groups = (self._stagers, self._copiers, self._callbacks)
-        self._finalizer = weakref.finalize(self, _abandon, self._queue, self._thread_groups, self._snapshots, self._pid)
-        self._finalizer.atexit = False
+        self._finalizer = self._make_finalizer()
         exit.register(self)
 
     def save(
@@ -270,13 +280,20 @@ class AsyncCheckpointSaver:
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._lock:
             handles = list(self._in_flight)
-        pending = [handle for handle in handles if not handle.wait_over(_remaining(deadline))]
+        pending = [handle for handle in handles if not self._wait_over(handle, deadline)]
         if pending:
             raise WaitTimeoutError(
                 f"{len(pending)} of {len(handles)} saves are not durable yet: {pending[0].path}"
                 + (" and others" if len(pending) > 1 else "")
             )
         self._raise_unseen_failures()
+
+    def _wait_over(self, handle: SaveHandle, deadline: float | None) -> bool:
+        """Looks up now and then: what is left to the writer process is not waited for any more."""
+        while not self._is_left and (rest := _remaining(deadline)) != 0.0:
+            if handle.wait_over(_LOOK_UP_SECS if rest is None else min(rest, _LOOK_UP_SECS)):
+                return True
+        return handle.wait_over(0)
 
     def close(self, timeout: float | None = None) -> None:
         """Take no more saves, wait until all are durable and all callbacks have run, and give threads and memory back.
@@ -293,12 +310,39 @@ class AsyncCheckpointSaver:
         self._queue.hurry()
         try:
             self.wait(timeout)
+        except WaitTimeoutError as error:
+            if not self._is_left:
+                raise
+            log_quietly(logging.WARNING, f"left to the writer process: {error}")
         finally:
-            self._snapshots.close()
             self._queue.stop()
-            for group in (*self._queue.thread_groups, *self._thread_groups):
+            for group in self._thread_groups:
                 group.stop()
-                group.join(_remaining(deadline))
+            for group in (*self._queue.thread_groups, *self._thread_groups):
+                group.join(0.0 if self._is_left else _remaining(deadline))
+            self._snapshots.close()
+
+    def use_writer_process(self) -> bool:
+        """From now on let a writer process write, which finishes what is staged when this process is killed.
+
+        Blocks until the saves in flight are done. False where no process can be had, or with `writer="thread"`.
+        """
+        self.check_usable()
+        if self._writer == "auto" and isinstance(self._queue, SaveQueue):
+            self.wait_idle()
+            queue = _in_process(self._queue, self._setup, self.emit)
+            with self._lock:
+                self._queue = queue
+            self._finalizer.detach()
+            self._finalizer = self._make_finalizer()
+        return self._queue.survives_exit
+
+    def leave_to_writer(self) -> None:
+        """What is staged is the writer process's now: `wait()` and `close()` return, and exit does not wait for it.
+
+        Without a writer process nothing changes. From any thread, and from signal handlers.
+        """
+        self._is_left = self._queue.survives_exit
 
     def run_on_worker(self, action: Callable[[], T]) -> T:
         """The manager's: run `action` where saves are written, and wait for it.
@@ -538,31 +582,33 @@ class AsyncCheckpointSaver:
         try:
             self.wait(_remaining(self._exit_deadline))
         except WaitTimeoutError as error:
-            if final:
-                log_quietly(logging.ERROR, f"at exit, after {self._exit_timeout_secs} s: {error}")
-            return not final
+            if not final:
+                return True
+            if self._queue.survives_exit and all(handle.staged for handle in list(self._in_flight)):
+                log_quietly(logging.WARNING, f"at exit: the writer process goes on: {error}")
+                return True
+            log_quietly(logging.ERROR, f"at exit, after {self._exit_timeout_secs} s: {error}")
+            return False
         except BaseException as error:
             log_quietly(logging.ERROR, f"at exit: {error!r}")
             return False
         finally:
+            if final:
+                self._queue.leave()
             self._callbacks.drain(min(_MAX_CALLBACK_SECS, _remaining(self._exit_deadline) or 0.0))
         return True
+
+    def _make_finalizer(self) -> weakref.finalize[..., AsyncCheckpointSaver]:
+        finalizer = weakref.finalize(self, _abandon, self._queue, self._thread_groups, self._snapshots, self._pid)
+        finalizer.atexit = False
+        return finalizer
 
     def forget_after_fork(self) -> None:
         self._finalizer.detach()
 
 
-def _make_queue(setup: Setup, emit: Emit, *, in_process: bool) -> SaveQueue | ProcessQueue:
-    threads = SaveQueue(
-        LocalStorage(),
-        setup.num_workers,
-        nice=setup.nice,
-        retries=setup.retries,
-        verify_after_save=setup.verify_after_save,
-        emit=emit,
-    )
-    if not in_process:
-        return threads
+def _in_process(threads: SaveQueue, setup: Setup, emit: Emit) -> SaveQueue | ProcessQueue:
+    """A writer process's queue, or, where there can be none, the threads' own, with a warning."""
     reason = why_not()
     try:
         if reason is None:

@@ -9,8 +9,10 @@ import contextlib
 import ctypes
 import logging
 import os
+import select
 import signal
 import socket
+import stat
 import sys
 import threading
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ from asyncckpt.events import EventKind
 from asyncckpt.image.arena import Arena
 from asyncckpt.image.checksum import ImageSource, StagedImage
 from asyncckpt.image.layout import plan_layout
-from asyncckpt.naming import WRITER_NAME
+from asyncckpt.naming import WRITER_LOG_PREFIX, WRITER_NAME
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.directory import CheckpointDirectory, Listing, WriterState
 from asyncckpt.registry.retention import from_plain
@@ -49,7 +51,7 @@ from asyncckpt.service.messages import (
 )
 from asyncckpt.service.queue import SaveQueue, Submission
 from asyncckpt.storage.local import LocalStorage
-from asyncckpt.threads import logger
+from asyncckpt.threads import logger, lower_priority
 
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # What the writer knows of a save's timings; the rest is the trainer's.
@@ -69,18 +71,19 @@ def main(connection_fd: int, trainer_fd: int) -> None:
     connection = Connection(socket.socket(fileno=connection_fd))
     Writer(connection, trainer_fd).run()
     logging.shutdown()
+    _remove_empty_log()
     os._exit(0)  # nothing is left to be done, and threads that hang in a system call must not keep us
 
 
 def step_back(nice: int) -> None:
     """Let training have the cores and the disk first, and the out-of-memory killer take the trainer first."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, nice)
-    # Our own session has a scheduling group of its own, which shares the cores as equals unless it steps back too.
-    _write_figure("/proc/self/autogroup", nice)
+    lower_priority(nice)  # before there are threads, which inherit it
     libc = ctypes.CDLL(None, use_errno=True)
-    if nice and (number := _IOPRIO_SET.get(os.uname().machine)):
-        libc.syscall(number, 1, 0, _BEST_EFFORT_LOWEST)
+    if nice:
+        # Our own session has a scheduling group of its own, which shares the cores as equals unless it steps back too.
+        _write_figure("/proc/self/autogroup", nice)
+        if number := _IOPRIO_SET.get(os.uname().machine):
+            libc.syscall(number, 1, 0, _BEST_EFFORT_LOWEST)
     with contextlib.suppress(OSError, ValueError):
         with open("/proc/self/oom_score_adj") as file:
             score = int(file.read())
@@ -91,6 +94,18 @@ def step_back(nice: int) -> None:
 def _write_figure(path: str, figure: int) -> None:
     with contextlib.suppress(OSError), open(path, "w") as file:
         file.write(str(figure))
+
+
+def _remove_empty_log() -> None:
+    """Who started us does so too, unless it has ended before."""
+    with contextlib.suppress(OSError):
+        path, status = os.readlink("/proc/self/fd/2"), os.fstat(2)
+        if (
+            stat.S_ISREG(status.st_mode)
+            and status.st_size == 0
+            and os.path.basename(path).startswith(WRITER_LOG_PREFIX)
+        ):
+            os.unlink(path)
 
 
 class NotStagedError(Exception):
@@ -152,11 +167,11 @@ class Writer:
         self._seen: set[int] = set()
         self._unfinished: set[int] = set()
         self._changed = threading.Condition()
+        self._telling = threading.Lock()  # what is said of a directory's state is said in the order of its changes
 
     def run(self) -> None:
         logger.addHandler(_Forwarder(self))
         logger.setLevel(logging.INFO)
-        self.send(Hello())
         while self._connection.wait(self._trainer_fd):
             received = self._connection.receive()
             if received is None:
@@ -172,13 +187,15 @@ class Writer:
                 break
             self._take(received)
         self._is_orphan = True
+        self._connection.shut_down()  # a forked child of the trainer's may have the other end, and never receive
         with self._changed:
             unfinished = len(self._unfinished)
             images = list(self._images.values())
         if unfinished:
             logger.warning("the trainer has ended; finishing what it had staged (%d saves)", unfinished)
-        for _, directory in self._directories.values():
-            directory.tell_that_it_finishes()
+        if _can_be_read(self._trainer_fd):
+            for _, directory in self._directories.values():
+                directory.inherit()
         for image in images:
             image.staged.set()  # what is not complete by now never will be
             image.answer(True)
@@ -205,11 +222,12 @@ class Writer:
             self._queue = SaveQueue(
                 LocalStorage(),
                 message.num_workers,
-                nice=message.nice,
+                nice=0,
                 retries=message.retries,
                 verify_after_save=message.verify_after_save,
                 emit=self._emit,
             )
+            self.send(Hello())
         elif isinstance(message, ShareArena):
             self._map_arena(message.arena, fds.pop())
         elif isinstance(message, ForgetArena):
@@ -309,16 +327,24 @@ class Writer:
             logger.error("%s is lost: %s", handle.path, str(error) or "it was not fully staged")
         timings = {name: getattr(handle.timings, name) for name in TIMINGS}
         plain = messages.describe_error(error) if error is not None else None
-        self.send(Settled(save, info, plain, timings, _state_of(listing)))
+        with self._telling:
+            self.send(Settled(save, info, plain, timings, _state_of(listing)))
 
     def _finish(self, save: int, listing: Listing | None) -> None:
-        self.send(Finished(save, _state_of(listing)))
+        with self._telling:
+            self.send(Finished(save, _state_of(listing)))
         with self._changed:
             self._unfinished.discard(save)
             self._changed.notify_all()
 
     def _emit(self, kind: EventKind, path: str, detail: str) -> None:
         self.send(Happened(kind, os.fsencode(path), plain_text(detail)))
+
+
+def _can_be_read(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _state_of(listing: Listing | None) -> WriterState | None:

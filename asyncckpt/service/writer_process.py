@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from asyncckpt.naming import WRITER_LOG_PREFIX
 from asyncckpt.service.connection import Connection
 
 _IMPORTS = ("asyncckpt", "msgspec", "isal")
@@ -39,7 +40,8 @@ def command(connection_fd: int, trainer_fd: int) -> list[str]:
         f"import sys; sys.path += {_import_path()!r}; "
         f"from asyncckpt.service.writer import main; main({connection_fd}, {trainer_fd})"
     )
-    return [sys.executable, "-I", "-S", "-c", code]
+    # The same encoding of file names, which may have come from the environment.
+    return [sys.executable, "-I", "-S", "-X", f"utf8={sys.flags.utf8_mode}", "-c", code]
 
 
 def _import_path() -> list[str]:
@@ -61,32 +63,29 @@ class WriterProcess:
     """
 
     def __init__(self) -> None:
-        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        log_fd, self._log_path = tempfile.mkstemp(prefix="asyncckpt-writer-", suffix=".log")
-        trainer_fd = os.pidfd_open(os.getpid())
-        try:
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as its:
+            our_end, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            its.callback(its_end.close)
+            ours.callback(our_end.close)
+            log_fd, self._log_path = tempfile.mkstemp(prefix=WRITER_LOG_PREFIX, suffix=".log")
+            its.callback(os.close, log_fd)
+            ours.callback(self._remove_log)
+            trainer_fd = os.pidfd_open(os.getpid())
+            its.callback(os.close, trainer_fd)
             with _signals_blocked():
                 self._process = subprocess.Popen(
-                    command(its.fileno(), trainer_fd),
+                    command(its_end.fileno(), trainer_fd),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=log_fd,
                     cwd="/",
                     start_new_session=True,
-                    pass_fds=(its.fileno(), trainer_fd),
+                    pass_fds=(its_end.fileno(), trainer_fd),
                 )
-        except BaseException:
-            ours.close()
-            with contextlib.suppress(OSError):
-                os.unlink(self._log_path)
-            raise
-        finally:
-            its.close()
-            os.close(trainer_fd)
-            os.close(log_fd)
-        self.connection = Connection(ours)
-        self.pid = self._process.pid
-        self.pidfd = os.pidfd_open(self.pid)
+            self.pid = self._process.pid
+            self.pidfd = os.pidfd_open(self.pid)
+            self.connection = Connection(our_end)
+            ours.pop_all()
         self.arenas: set[int] = set()  # that it has
         self.generations: dict[int, int] = {}  # of the directories that it writes
         _processes.add(self)
@@ -104,7 +103,7 @@ class WriterProcess:
         self._close()
         with contextlib.suppress(OSError):
             if os.path.getsize(self._log_path) == 0:
-                os.unlink(self._log_path)
+                self._remove_log()
         return True
 
     def leave(self) -> None:
@@ -124,6 +123,10 @@ class WriterProcess:
         """In a forked child: it is the parent's."""
         self._process.returncode = 0
         self._close()
+
+    def _remove_log(self) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self._log_path)
 
     def _close(self) -> None:
         self.connection.close()

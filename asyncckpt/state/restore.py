@@ -6,13 +6,14 @@ import copy
 import logging
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from asyncckpt.errors import CheckpointError
+from asyncckpt.image.load import Loaded
 from asyncckpt.state.capture import unwrap
 from asyncckpt.state.rng import restore_rng_states
 from asyncckpt.state.stateful import check_stateful, cloned, restore_stateful, storages_of
@@ -21,6 +22,16 @@ logger = logging.getLogger("asyncckpt")
 
 _MAX_NAMED = 5
 _EXTRA_STATE = "_extra_state"  # what torch appends to the prefix of a module that has get_extra_state()
+
+
+def taken_apart(states: Mapping[str, Any], loaded: Loaded, keys: Iterable[str]) -> dict[str, Any]:
+    """The states of a loaded checkpoint, those under `keys` each in memory of its own. Blocks, without the GIL.
+
+    What is mapped is read from the file, which must still be open, against its checksums. Raises
+    `CorruptCheckpointError` if that is damaged by now, and OSError when it can't be read.
+    """
+    read = loaded.file.fill if loaded.file is not None else None
+    return {**states, **{key: cloned(states[key], read=read) for key in keys if key in states}}
 
 
 def restore_checkpoint(
@@ -33,12 +44,14 @@ def restore_checkpoint(
     stateful: Mapping[str, Any] | None = None,
     strict: bool = True,
     restore_rng: bool = True,
+    gives_memory: bool = False,
 ) -> None:
     """Put a checkpoint's states into the objects given. Blocks.
 
     The model may be wrapped (DDP, torch.compile) or plain, whichever it was when saved. It is moved to `device` before
     the optimizer's state follows its parameters there; random number generators come last. Nothing that lives on is
-    mapped from the checkpoint's file: the memory of tensors is copied once.
+    mapped from the checkpoint's file: the memory of tensors is copied once. A checkpoint that `gives_memory` has memory
+    of its own, which nobody else needs: the optimizer may keep it.
 
     Raises TypeError for a stateful object without a state, and CheckpointError if the checkpoint lacks what is asked
     for, does not fit the model or optimizer, or the model is on the meta device, both before anything is changed. What
@@ -69,7 +82,10 @@ def restore_checkpoint(
     if device is not None:
         model.to(device)
     if optimizer is not None and checkpoint.get("optimizer_state_dict") is not None:
-        _load_optimizer(optimizer, checkpoint["optimizer_state_dict"])
+        if gives_memory:
+            optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        else:
+            _load_optimizer(optimizer, checkpoint["optimizer_state_dict"])
     if scheduler is not None and checkpoint.get("scheduler_state_dict") is not None:
         scheduler.load_state_dict(cloned(checkpoint["scheduler_state_dict"]))
     states = checkpoint.get("stateful") or {}

@@ -111,6 +111,10 @@ class Lock(ABC):
         """The descriptor to send to the process that is to hold it too; it stays ours."""
 
     @abstractmethod
+    def inherit(self) -> None:
+        """Whoever shared it has ended: from now on it is ours alone, and `release` lets the next one in."""
+
+    @abstractmethod
     def release(self) -> None:
         """Let the next one in. Safe to call twice; in a forked child it leaves the parent's lock alone.
 

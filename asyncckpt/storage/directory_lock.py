@@ -57,6 +57,9 @@ class LocalLock(Lock):
         self._is_shared = True
         return self._file.fd
 
+    def inherit(self) -> None:
+        self._is_received = False
+
     def is_intact(self) -> bool:
         try:
             return self._file.fd != -1 and is_at(self._file.fd, self._path)

@@ -178,6 +178,11 @@ class LocalReader(Reader):
     def fd(self) -> int:
         return self._file.fd
 
+    def last_change(self) -> tuple[int, int]:
+        """The file's size, and when it was last written to: another answer means that its bytes may be others."""
+        status = system_calls.fstat(self.fd)
+        return status.st_size, status.st_mtime_ns
+
     def read_into(self, offset: int, view: memoryview) -> None:
         position = 0
         while position < len(view):

@@ -122,5 +122,9 @@ def fstat(fd: int) -> os.stat_result:
     return os.fstat(fd)
 
 
+def file_system_status(path: str) -> os.statvfs_result:
+    return os.statvfs(path)
+
+
 def list_directory(path: str) -> Iterator[str]:
     return iter(os.listdir(path))

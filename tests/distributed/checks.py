@@ -18,11 +18,13 @@ import torch
 from torch import distributed
 
 from asyncckpt import (
+    AsyncCheckpointSaver,
     CheckpointManager,
     CorruptCheckpointError,
     EveryMinutes,
     EverySteps,
     KeepLast,
+    PreemptionGuard,
     load_distributed_checkpoint,
     save_distributed_checkpoint,
 )
@@ -429,6 +431,24 @@ def train(directory: str, num_steps: int, resume: bool) -> Any:
         training.save(manager)
         manager.wait()
     return {"losses": training.losses, "digest": training.digest(), "step": training.step, "next": own_numbers()}
+
+
+# --- preemption ---
+
+
+def stop_together(signalled_rank: int) -> list[Any]:
+    """What the guard says before and after a signal comes to one rank, and whether that was this one."""
+    with AsyncCheckpointSaver(writer="thread") as saver, PreemptionGuard(saver, [signal.SIGUSR1]) as guard:
+        before = guard.should_stop
+        distributed.barrier()  # or a quick rank's signal would be another one's "before"
+        if rank() == signalled_rank:
+            signal.raise_signal(signal.SIGUSR1)
+        after = guard.should_stop
+        is_mine = guard.remaining_secs is not None
+        with suppress(SystemExit):  # the second signal, which ends the guard's watch
+            if is_mine:
+                signal.raise_signal(signal.SIGUSR1)
+    return [before, after, is_mine]
 
 
 # --- one file for all ranks ---

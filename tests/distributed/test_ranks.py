@@ -85,3 +85,10 @@ def test_no_backend_for_the_cpu(pair: RankGroup, tmp_path: Path) -> None:
     """As under NCCL alone: a gloo group is made beside it, anew for each default group."""
     everything = ["told", "all", *[[[0, [0, 0]], [1, [1, 1]]]] * 2]
     assert pair.run(checks.without_a_backend_for_the_cpu, tmp_path) == [[everything] * 3] * 2
+
+
+@pytest.mark.parametrize("signalled_rank", [0, 2])
+def test_a_signal_to_one_rank_stops_all(trio: RankGroup, signalled_rank: int) -> None:
+    """After the same step, whichever rank was told that the job will end."""
+    answers = trio.run(checks.stop_together, signalled_rank)
+    assert answers == [[False, True, rank == signalled_rank] for rank in range(3)]

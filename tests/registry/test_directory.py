@@ -610,6 +610,32 @@ def test_pruning_a_full_disk(tmp_path: Path) -> None:
         run.directory.close()
 
 
+def test_pruning_a_full_disk_keeps_what_is_durable(run: Run) -> None:
+    """While the newest checkpoint is not known to be durable, no room is made by deleting the ones before it."""
+    run.save(1, 0.5)
+    run.save(2, 0.6)
+
+    def fail(call: Call) -> None:
+        if call.name == "fsync" and call.path == str(run.path) and renamed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if call.name == "rename":
+            renamed.append(call)
+
+    renamed: list[Call] = []
+    with Seam(fail):
+        for _ in range(2):
+            with pytest.raises(CheckpointWriteError):
+                run.save(3, 0.4)
+        before = {path.name for path in run.path.glob("checkpoint_*")}
+        with pytest.raises(CheckpointWriteError, match="was not pruned"):
+            run.directory.prune(KeepLast(1))
+    assert {path.name for path in run.path.glob("checkpoint_*")} == before
+    assert len(before) == 3
+    run.directory.prune(KeepLast(1))
+    assert run.steps() == [3]
+    run.assert_in_order()
+
+
 def test_another_runs_file_under_a_listed_name(run: Run, tmp_path: Path) -> None:
     """Copied over ours: it is not ours to prune, nor to overwrite."""
     other = Run(tmp_path / "other")

@@ -9,11 +9,14 @@ checkpoint should have in the directory.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import signal
+import stat
 import sys
+import threading
 from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -24,6 +27,8 @@ from storage.seam import Call, Seam
 from torch import nn
 
 from asyncckpt import AsyncCheckpointSaver, CheckpointManager, SaveHandle
+from asyncckpt.storage import local, system_calls
+from reliability.power import cut_power
 
 
 @dataclass
@@ -42,6 +47,21 @@ class Order:
     num_tensors: int = 8
     numel: int = 40_000
     managed: Managed | None = None
+    power: Power | None = None
+
+
+@dataclass
+class Power:
+    """The saves go to a file system of their own, mounted at `mount`.
+
+    `cut_at_ack`: once this many saves are acknowledged, and before anything more is done for the last of them, cut the
+    power and die. `direct`: past the page cache. Without `syncs_files` a file's fsync is left out, a directory's not.
+    """
+
+    mount: str
+    cut_at_ack: int | None = None
+    direct: bool = True
+    syncs_files: bool = True
 
 
 @dataclass
@@ -66,9 +86,32 @@ def say(line: str) -> None:
     os.write(1, (line + "\n").encode())
 
 
+def cut_if_due(order: Order, number: int) -> None:
+    if order.power is not None and number - order.first + 1 == order.power.cut_at_ack:
+        cut_power(order.power.mount)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def prepare_for_power_cut(power: Power) -> None:
+    if not power.direct:
+        local._O_DIRECT = 0
+    if not power.syncs_files:
+        fsync = system_calls.fsync
+        system_calls.fsync = lambda fd: fsync(fd) if stat.S_ISDIR(os.fstat(fd).st_mode) else None
+    settle, num_settled = AsyncCheckpointSaver._settle, itertools.count(1)
+
+    def settle_and_stop(self: AsyncCheckpointSaver, *details: Any) -> None:
+        settle(self, *details)
+        if next(num_settled) == power.cut_at_ack:
+            threading.Event().wait()  # for the end
+
+    AsyncCheckpointSaver._settle = settle_and_stop  # type: ignore[assignment,method-assign]
+
+
 def save_all(order: Order) -> None:
     def acknowledge(number: int, handle: SaveHandle) -> None:
         say(f"ack {number} {handle.result(60).filepath}")
+        cut_if_due(order, number)
 
     with AsyncCheckpointSaver(num_workers=order.num_workers) as saver:
         pending: deque[tuple[int, SaveHandle]] = deque()
@@ -127,6 +170,7 @@ def manage(order: Order, managed: Managed) -> None:
         info = handle.result(60)
         assert info.sequence is not None
         say("ack " + json.dumps(asdict(Entry(info.sequence, info.filepath.name, info.val_loss, number))))
+        cut_if_due(order, number)
 
     training = Training(order)
     with CheckpointManager(
@@ -154,6 +198,8 @@ def run_child(order: Order) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     say(f"start {os.getpid()}")
+    if order.power is not None:
+        prepare_for_power_cut(order.power)
     with Seam(kill_at_call):
         if order.managed is not None:
             manage(order, order.managed)
@@ -163,8 +209,8 @@ def run_child(order: Order) -> None:
 
 
 def read_order(fields: dict[str, Any]) -> Order:
-    managed = fields.pop("managed")
-    return Order(**fields, managed=managed and Managed(**managed))
+    managed, power = fields.pop("managed"), fields.pop("power")
+    return Order(**fields, managed=managed and Managed(**managed), power=power and Power(**power))
 
 
 def main() -> None:

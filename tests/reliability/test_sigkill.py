@@ -39,6 +39,7 @@ class Server:
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            start_new_session=True,
         )
         assert self.process.stdout is not None
         self._output = self.process.stdout.fileno()
@@ -75,7 +76,7 @@ class Server:
         return lines
 
     def close(self) -> None:
-        self.process.kill()
+        os.killpg(self.process.pid, signal.SIGKILL)  # a child that a failed test has left, too
         self.process.communicate()
 
 

@@ -34,13 +34,19 @@ MODULES = {"shutil", "tempfile", "glob", "fileinput"}
 # What is not about checkpoint directories: anonymous memory, the kernel's own figures, and the storage's interface.
 ALLOWED = {
     "cli/app.py": {".exists"},  # for a better message
+    "doctor/finding.py": {".read_text"},  # /proc and /sys
+    "doctor/machine.py": {"os.memfd_create", "os.ftruncate", "os.close", "fcntl.fcntl"},  # a memfd, a pidfd
+    "doctor/process.py": {"open", "os.readlink"},  # /proc
     "image/arena.py": {"os.memfd_create", "os.ftruncate", "fcntl.fcntl", "os.fstat", "os.close"},
     "image/file.py": {".open"},  # LocalStorage.open
+    "image/mapped_file.py": {"open"},  # /proc/self/maps
     "image/staging.py": {"open"},  # /proc/self/maps
+    "init.py": {"open", "os.listdir", "os.readlink"},  # /proc
     "resume.py": {".exists"},  # which of two places a user's name means
     "service/connection.py": {"os.memfd_create", "os.write", "os.pread", "os.fstat", "os.close"},
     "service/memory.py": {".read_text"},  # /proc and /sys
-    "service/writer.py": {"open", ".write", "os.close"},  # /proc; received descriptors
+    # /proc; received descriptors; its log file
+    "service/writer.py": {"open", ".write", "os.close", "os.readlink", "os.fstat", "os.unlink"},
     "service/writer_process.py": {"tempfile", "open", "os.unlink", "os.close"},  # its log file, pidfds
 }
 
