@@ -1184,6 +1184,43 @@ def test_a_file_that_comes_into_the_way(make: Callable[..., CheckpointManager]) 
     assert path.read_text() == "mine"
 
 
+@pytest.mark.parametrize("how", ["failed", "refused", "skipped"])
+def test_the_name_of_a_save_that_came_to_nothing_is_given_up(
+    make: Callable[..., CheckpointManager], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """What somebody puts there afterwards is theirs: the next save of that name takes another one."""
+    training, manager = Training(), make(max_in_flight=1, when_full="skip")
+    training.save(manager, global_step=1)
+    manager.wait(60)
+    gate = threading.Event()
+
+    def interfere(call: Call) -> None:
+        if how == "failed" and call.name == "allocate":
+            raise OSError(errno.ENOSPC, "full")
+        if how == "skipped" and call.name == "fsync":
+            assert gate.wait(60)
+
+    with Seam(interfere):
+        if how == "refused":
+            with pytest.raises(UnsafeCheckpointError):
+                training.save(manager, global_step=2, config={"optimizer": torch.optim.SGD})
+        if how == "skipped":
+            training.save(manager, global_step=3)
+        if how != "refused":
+            handle = training.save(manager, global_step=2)
+            assert handle is not None
+            assert handle.skipped == (how == "skipped")
+            assert how == "skipped" or handle.exception(60) is not None
+        gate.set()
+        manager._saver.wait_idle()
+    theirs = manager.checkpoint_dir / asyncckpt.naming.checkpoint_name(1, 2, {"loss": 1.0})
+    theirs.write_text("theirs")
+    handle = training.save(manager, global_step=2)
+    assert handle is not None
+    assert handle.result(60).filepath != theirs
+    assert theirs.read_text() == "theirs"
+
+
 def test_a_text_in_the_place_of_a_checkpoint_is_not_deleted(make: Callable[..., CheckpointManager]) -> None:
     training, manager = Training(), make(max_checkpoints=1)
     training.save(manager, global_step=1, val_loss=None)

@@ -278,11 +278,12 @@ def test_out_of_descriptors_for_a_while(tmp_path: Path) -> None:
 
 
 LITTLE_MEMORY = """
-import resource, sys, threading
+import resource, sys, threading, time
 from pathlib import Path
 import pytest, torch
 from asyncckpt import CheckpointManager
 from reliability.training_loop import Loop
+from reliability.writers import writer_options
 
 def limit(num_bytes):
     with open("/proc/self/statm") as file:
@@ -301,14 +302,22 @@ with Loop(Path(sys.argv[1]), sys.argv[2]) as loop:
     for _ in range(2):
         with pytest.raises(MemoryError, match="checkpoint buffer of .* bytes: .*memory_limit"):
             loop.save()
-    num_threads = threading.active_count()
-    limit(2 << 20)
-    with pytest.raises((RuntimeError, MemoryError, OSError)):
-        Loop(Path(sys.argv[1]) / "other", sys.argv[2])
-    lift()
-    for thread in threading.enumerate()[num_threads:]:
-        thread.join(60)
-    assert threading.active_count() == num_threads
+    before = set(threading.enumerate())
+    num_refused = 0
+    for num_mebibytes in range(4, 400, 8):  # for none of its threads, for the first, the first two, …
+        limit(num_mebibytes << 20)
+        try:
+            CheckpointManager(Path(sys.argv[1]) / "other", **writer_options(sys.argv[2])).close(60)
+            break
+        except (RuntimeError, MemoryError):
+            num_refused += 1
+        finally:
+            lift()
+            deadline = time.monotonic() + 30
+            while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
+                next(iter(left)).join(0.1)
+            assert not left, left
+    assert 3 < num_refused < 49, num_refused
     loop.succeed()
 """
 
