@@ -185,7 +185,7 @@ class AsyncCheckpointSaver:
                 verify_after_save=verify_after_save,
                 emit=self.emit,
             )
-            started.callback(self._queue.stop)
+            started.callback(lambda: self._queue.stop())  # whichever it is by then
             if writer == "process":
                 self._queue = _in_process(self._queue, self._setup, self.emit)
             self._stagers = ThreadGroup("staging", 1)  # training may be waiting for these two: full priority
