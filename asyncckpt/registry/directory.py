@@ -24,6 +24,7 @@ from asyncckpt.errors import (
     CheckpointError,
     CheckpointWriteError,
     CorruptCheckpointError,
+    RegistryError,
     SaverClosedError,
     StorageBusyError,
 )
@@ -56,6 +57,7 @@ class Listing:
 
 
 _LOCK_PAUSE_SECS = 0.05
+_MOST_COMMITS = 2**61  # a save's number beyond what the registry may hold would lose it
 
 
 class CheckpointDirectory:
@@ -191,6 +193,8 @@ class CheckpointDirectory:
         for path in self._storage.sweep(self.path):
             self._report(logging.WARNING, "swept", os.path.basename(path), "left by a writer that died")
         found = survey(self._storage, self.path, self._metric, self._mode, every_file=True)
+        if found.registry.last_sequence > _MOST_COMMITS:
+            raise RegistryError(f"{self.path} can't be written to: its checkpoints' numbers are beyond all reason")
         if found.damage:
             self._set_aside(found.damage)
         for info in found.gone:
