@@ -26,7 +26,7 @@ from asyncckpt.errors import (
     RegistryError,
     StorageBusyError,
 )
-from asyncckpt.image.file import verify
+from asyncckpt.image.file import verify_listed
 from asyncckpt.naming import BEST_NAME, checkpoint_name
 from asyncckpt.overhead import OverheadMeter
 from asyncckpt.policies import Progress, SavePolicy
@@ -489,7 +489,7 @@ class CheckpointManager:
         reports = []
         for info in self.list_checkpoints():
             try:
-                reports.append(verify(info.filepath))
+                reports.append(verify_listed(info.filepath))
             except OSError as error:
                 reports.append(VerifyReport(str(info.filepath), 0, 0, (str(error),), None))
         return reports

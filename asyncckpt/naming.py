@@ -63,6 +63,11 @@ def _number(value: float) -> str:
     return f"{value:.4f}"
 
 
+def printable(text: object) -> str:
+    """Text fit to print: control characters, line ends and what can't be encoded become escapes."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in str(text))
+
+
 def temporary_name(attempt: str, name: str) -> str:
     """The temporary file of one attempt (16 hex digits, random) to write `name`; cut to what a name may hold."""
     prefix, suffix = f".asyncckpt-{attempt}-", ".tmp"

@@ -112,25 +112,27 @@ class Resume:
 
     def one(self, checkpoint: SupportsIndex | str | os.PathLike[str], target: Target) -> dict[str, Any]:
         """Restore the newest checkpoint of a step, or the file at a path, and return it."""
-        path = Ranks().on_first(lambda: self._find(checkpoint))
+        path, expected = Ranks().on_first(lambda: self._find(checkpoint))
         try:
-            return self._restore(path, target)
+            return self._restore(path, target, expected)
         except _Unreadable as error:
             raise error.met from error.met.__cause__
 
-    def _find(self, checkpoint: SupportsIndex | str | os.PathLike[str]) -> str:
+    def _find(self, checkpoint: SupportsIndex | str | os.PathLike[str]) -> tuple[str, _Candidate | None]:
+        """The file; and what it must be, if the registry named it, and not the user."""
         if isinstance(checkpoint, SupportsIndex):
             step = operator.index(checkpoint)
             found = self._directory.read()
             infos = [info for info in found.registry.checkpoints if info.global_step == step]
             if infos:
-                return self._directory.path_of(str(file_of(found, infos[-1])))
+                candidate = self._candidate(found, infos[-1])
+                return candidate.path, candidate
             steps = ", ".join(str(info.global_step) for info in found.registry.checkpoints) or "none"
             raise CheckpointNotFoundError(f"{self._directory.path} has no checkpoint of step {step}; it has {steps}")
         name = os.fspath(checkpoint)
         in_directory = Path(self._directory.path) / name
         is_bare = os.path.basename(name) == name
-        return str(in_directory) if is_bare and in_directory.exists() else os.path.abspath(name)
+        return str(in_directory) if is_bare and in_directory.exists() else os.path.abspath(name), None
 
     def _restore_first(
         self, choose: Callable[[Survey], list[_Candidate]], target: Target, what: str

@@ -10,6 +10,8 @@ import queue
 import threading
 from collections.abc import Callable
 
+from asyncckpt.naming import printable
+
 logger = logging.getLogger("asyncckpt")
 
 
@@ -152,9 +154,12 @@ def _run_logged(action: Callable[[], object]) -> None:
 
 
 def log_quietly(level: int, message: str) -> None:
-    """Log, whatever the user's logging handlers do: what comes after must happen."""
+    """Log one line, whatever the user's logging handlers do: what comes after must happen.
+
+    Names of files and keys come from anywhere: they can't break the line, or reach a terminal as control sequences.
+    """
     with contextlib.suppress(Exception):
-        logger.log(level, "%s", message)
+        logger.log(level, "%s", printable(message))
 
 
 def once(action: Callable[[], object]) -> Callable[[], None]:

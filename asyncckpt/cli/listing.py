@@ -16,6 +16,8 @@ from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.recovery import survey
 from asyncckpt.storage.local import LocalStorage
 
+_MAX_METRICS = 30  # columns; the registry may name any number
+
 
 @dataclass(frozen=True)
 class Listed:
@@ -73,7 +75,7 @@ def draw(listed: Listed, console: Console) -> None:
 
 
 def _table(checkpoints: Sequence[CheckpointInfo]) -> Table:
-    metrics = sorted({name for info in checkpoints for name in info.val_metrics} - {"val_loss"})
+    metrics = sorted({name for info in checkpoints for name in info.val_metrics} - {"val_loss"})[:_MAX_METRICS]
     numbers = ("step", "epoch", "train loss", "val loss", *metrics, "size", "age")
     protection = [""] if any(info.protected for info in checkpoints) else []
     table = make_table("", *numbers, "file", *protection, right=numbers)

@@ -18,7 +18,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from asyncckpt.naming import printable
+
 _PIPE_COLUMNS = 10_000  # a pipe has no width: no name may be broken
+clean = printable
 _BYTE_UNITS = ("kB", "MB", "GB", "TB", "PB")
 
 
@@ -36,11 +39,6 @@ def make_table(*columns: str, right: tuple[str, ...] = ()) -> Table:
     for column in columns:
         table.add_column(clean(column), justify="right" if column in right else "left", overflow="fold")
     return table
-
-
-def clean(text: object) -> str:
-    """Text fit to print: control characters, line ends and what can't be encoded become escapes."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in str(text))
 
 
 def print_json(report: object) -> None:

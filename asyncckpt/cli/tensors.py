@@ -21,6 +21,8 @@ _PLAIN = (str, bytes, bytearray, int, float, complex, bool, type(None), set, fro
 _NAMED = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
 _STORAGES = (torch.UntypedStorage, torch.storage.TypedStorage)
 
+_MAX_KEYS = 5_000_000  # in the paths of all leaves together
+
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = _brief.maxlong = 80
 _brief.maxlist = _brief.maxtuple = 8
@@ -53,9 +55,11 @@ def load_mapped(path: str) -> MappedCheckpoint:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about kinds of tensors that torch would rather not have
             state = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
-            leaves = dict(_leaves(state, ()))
+            leaves = _all_leaves(state)
     except pickle.UnpicklingError as error:
         raise UnsafeCheckpointError(f"{name} holds more than a safe load takes: {_reason(error)}") from error
+    except CheckpointError:
+        raise
     except RecursionError as error:
         raise CheckpointError(f"{name} is nested too deeply, or holds itself") from error
     except (OSError, MemoryError):
@@ -105,6 +109,18 @@ def strided_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
     return [tensor.dequantize() if tensor.is_quantized else tensor]
+
+
+def _all_leaves(state: Any) -> dict[KeyPath, object]:
+    """Raises `CheckpointError` for more than anybody has: a few nested lists, each there twice in the next."""
+    leaves: dict[KeyPath, object] = {}
+    total = 0
+    for path, value in _leaves(state, ()):
+        leaves[path] = value
+        total += 1 + len(path)
+        if total > _MAX_KEYS:
+            raise CheckpointError(f"it holds more entries than can be shown: over {len(leaves):,}")
+    return leaves
 
 
 def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, object]]:

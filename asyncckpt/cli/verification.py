@@ -86,7 +86,7 @@ def _verify_directory(directory: str) -> list[VerifiedFile]:
     with progress_bar("verifying", sum(map(_size_of, paths))) as advance:
         for path in paths:
             try:
-                files.append(_to_file(_verify(path, advance)))
+                files.append(_to_file(_verify(path, advance, follow_links=False)))
             except CheckpointNotFoundError:
                 if _is_recorded(directory, os.path.basename(path)):
                     files.append(VerifiedFile(path, False, 0, 0, ("the registry lists it, but the file is gone",)))
@@ -113,9 +113,9 @@ def _without_second_names(paths: Sequence[str]) -> list[str]:
     return list(kept.values())
 
 
-def _verify(path: str, advance: Advance) -> VerifyReport:
+def _verify(path: str, advance: Advance, *, follow_links: bool = True) -> VerifyReport:
     try:
-        with open_checkpoint(local_path(path)) as reader:
+        with open_checkpoint(local_path(path), follow_links=follow_links) as reader:
             return verify_reader(_CountingReader(reader, advance), path, num_threads=default_num_threads())
     except CorruptCheckpointError as error:  # a directory or a device of that name
         return VerifyReport(path, 0, 0, (str(error),), None)

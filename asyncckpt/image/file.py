@@ -18,8 +18,16 @@ def verify(path: str | os.PathLike[str]) -> VerifyReport:
     A damaged file is a report with problems, not an exception. Raises `CheckpointNotFoundError`, and OSError when
     reading fails.
     """
-    name = local_path(path)
-    with open_checkpoint(name) as reader:
+    return _verify(local_path(path), follow_links=True)
+
+
+def verify_listed(path: str | os.PathLike[str]) -> VerifyReport:
+    """As `verify`, of a file whose name a registry gave: a symbolic link is an OSError, since it may lead anywhere."""
+    return _verify(local_path(path), follow_links=False)
+
+
+def _verify(name: str, *, follow_links: bool) -> VerifyReport:
+    with open_checkpoint(name, follow_links=follow_links) as reader:
         return verify_reader(reader, name, num_threads=default_num_threads())
 
 

@@ -25,6 +25,7 @@ from asyncckpt.errors import (
     CheckpointError,
     CheckpointWriteError,
     CorruptCheckpointError,
+    RegistryError,
     SaverClosedError,
     StorageBusyError,
     remedy,
@@ -73,6 +74,7 @@ _LOCK_PAUSE_SECS = 0.05
 _SILENT_WAIT_SECS = 1.0
 _MAX_FINISHING_SECS = 600.0  # how long to wait for a writer that finishes a dead trainer's checkpoints
 _MAX_HOLDER_BYTES = 500
+_MOST_COMMITS = 2**61  # a save's number beyond what the registry may hold would lose it
 
 
 class CheckpointDirectory:
@@ -282,6 +284,8 @@ class CheckpointDirectory:
         for path in self._storage.sweep(self.path):
             self._report(logging.WARNING, "swept", os.path.basename(path), "left by a writer that died")
         found = survey(self._storage, self.path, self.metric, self.mode, every_file=True)
+        if found.registry.last_sequence > _MOST_COMMITS:
+            raise RegistryError(f"{self.path} can't be written to: its checkpoints' numbers are beyond all reason")
         if found.damage:
             self._set_aside(found.damage)
         for info in found.gone:

@@ -7,6 +7,7 @@ is an index: every file describes itself, so that a lost registry is rebuilt fro
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from asyncckpt.naming import BEST_NAME, is_checkpoint_name
 from asyncckpt.records import CheckpointInfo, is_better
 
 VERSION = 1
-MAX_REGISTRY_BYTES = 64 << 20
+MAX_REGISTRY_BYTES = 32 << 20  # some 60,000 checkpoints
 
 # JSON has no NaN and no infinities: they are written as these strings.
 _Number = float | Literal["NaN", "Infinity", "-Infinity"]
@@ -27,6 +28,7 @@ _Natural = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 _Sequence = Annotated[int, msgspec.Meta(ge=1, lt=2**62)]
 _RunId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
 _Mode = Literal["min", "max"]
+_NOTHING = msgspec.Raw()
 
 
 class PendingDelete(NamedTuple):
@@ -151,6 +153,14 @@ class _Document(msgspec.Struct, kw_only=True):
     pending_deletes: list[_PendingEntry]
 
 
+class _Head(msgspec.Struct):
+    """What tells whose registry it is; left unparsed, since anything may be there."""
+
+    version: msgspec.Raw = _NOTHING
+    run_id: msgspec.Raw = _NOTHING
+    checkpoints: msgspec.Raw = _NOTHING
+
+
 class DamagedRegistryError(ValueError):
     """The registry's text is not one; it is to be rebuilt from the files. Never leaves the package."""
 
@@ -178,7 +188,7 @@ def decode_registry(text: bytes) -> Registry:
     makes no sense.
     """
     try:
-        _check_version(msgspec.json.decode(text))
+        _check_version(msgspec.json.decode(text, type=_Head))
         document = msgspec.json.decode(text, type=_Document)
         return _to_registry(document)
     except RegistryError:
@@ -187,15 +197,13 @@ def decode_registry(text: bytes) -> Registry:
         raise DamagedRegistryError(str(error)) from error
 
 
-def _check_version(document: object) -> None:
-    if not isinstance(document, dict):
-        raise DamagedRegistryError("it is not a JSON object")
-    version = document.get("version")
-    if version is None and isinstance(document.get("checkpoints"), list) and "run_id" not in document:
+def _check_version(head: _Head) -> None:
+    version, run_id, checkpoints = (bytes(raw).strip() for raw in (head.version, head.run_id, head.checkpoints))
+    if version in (b"", b"null") and not run_id and checkpoints.startswith(b"["):
         raise RegistryError("it was not written by asyncckpt; use another directory, or move it away")
-    if isinstance(version, int) and version > VERSION:
+    if re.fullmatch(rb"[0-9]{1,9}", version) and int(version) > VERSION:
         raise RegistryError(
-            f"it has format {version}, and this version knows up to {VERSION}: install a later asyncckpt"
+            f"it has format {int(version)}, and this version knows up to {VERSION}: install a later asyncckpt"
         )
 
 

@@ -17,8 +17,7 @@ from asyncckpt.image.load import Loaded
 from asyncckpt.state.capture import unwrap
 from asyncckpt.state.rng import restore_rng_states
 from asyncckpt.state.stateful import check_stateful, cloned, restore_stateful, storages_of
-
-logger = logging.getLogger("asyncckpt")
+from asyncckpt.threads import log_quietly
 
 _MAX_NAMED = 5
 _EXTRA_STATE = "_extra_state"  # what torch appends to the prefix of a module that has get_extra_state()
@@ -31,7 +30,10 @@ def taken_apart(states: Mapping[str, Any], loaded: Loaded, keys: Iterable[str]) 
     `CorruptCheckpointError` if that is damaged by now, and OSError when it can't be read.
     """
     read = loaded.file.fill if loaded.file is not None else None
-    return {**states, **{key: cloned(states[key], read=read) for key in keys if key in states}}
+    try:
+        return {**states, **{key: cloned(states[key], read=read) for key in keys if key in states}}
+    except RecursionError as error:
+        raise CheckpointError("the checkpoint is nested too deeply") from error
 
 
 def restore_checkpoint(
@@ -76,7 +78,7 @@ def restore_checkpoint(
             f"the checkpoint does not fit: {'; '.join(problems)}; nothing was changed (strict=False takes what fits)"
         )
     for problem in problems:
-        logger.warning("the checkpoint does not fit: %s; that is left as it is", problem)
+        log_quietly(logging.WARNING, f"the checkpoint does not fit: {problem}; that is left as it is")
 
     _load_weights(module, _only_fitting(weights, own, module) if misfits else weights, strict=strict)
     if device is not None:

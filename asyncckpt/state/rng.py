@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from asyncckpt.naming import printable
+
 logger = logging.getLogger("asyncckpt")
 
 
@@ -49,7 +51,7 @@ def restore_rng_states(states: Mapping[str, Any]) -> None:
         elif kind in _accelerator_kinds():
             _restore_devices(kind, state)
         else:
-            logger.warning("the checkpoint holds the state of an unknown random number generator: %s", kind)
+            logger.warning("the checkpoint holds the state of an unknown random number generator: %s", printable(kind))
 
 
 def python_state(state: Any) -> tuple[Any, ...]:

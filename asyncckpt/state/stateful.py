@@ -15,6 +15,7 @@ from torch.storage import UntypedStorage
 
 from asyncckpt.errors import CheckpointError
 from asyncckpt.image.staging import copy_threads
+from asyncckpt.naming import printable
 from asyncckpt.state.rng import numpy_from_plain, numpy_to_plain, python_state
 
 logger = logging.getLogger("asyncckpt")
@@ -47,7 +48,7 @@ def restore_stateful(objects: Mapping[str, Any], states: Mapping[str, Any], *, s
         known = ", ".join(map(str, states)) or "none"
         raise CheckpointError(f"the checkpoint has no state for {', '.join(missing)}; it has: {known}")
     for name in missing:
-        logger.warning("the checkpoint has no state for %s: it is left as it is", name)
+        logger.warning("the checkpoint has no state for %s: it is left as it is", printable(name))
     for name, thing in objects.items():
         if name in states:
             _restore(name, thing, states[name])
@@ -128,7 +129,7 @@ class _Copies:
     def __init__(self, pairs: list[_Pair], only: Set[int] | None) -> None:
         self._pairs = pairs
         self._only = only
-        self._copies: dict[int, torch.Tensor] = {}  # by the identity of the original
+        self._copies: dict[int, Any] = {}  # by the identity of the original
         self._storages: dict[int, UntypedStorage] = {}  # by the address of the original
 
     def of(self, value: Any) -> Any:
@@ -136,13 +137,21 @@ class _Copies:
             if id(value) not in self._copies:
                 self._copies[id(value)] = self._of_tensor(value)
             return self._copies[id(value)]
+        # What is there twice is copied once: a few nested lists, each there twice in the next, are billions.
+        if id(value) in self._copies:
+            return self._copies[id(value)]
         if isinstance(value, dict):
-            copy = shallow_copy(value)  # with its attributes: a module's state has its versions in one
+            copy = self._copies[id(value)] = shallow_copy(value)  # with its attributes: a module's state has versions
             for key, child in value.items():
                 copy[key] = self.of(child)  # not by update(): a Counter (MultiStepLR has one) would add
             return copy
-        if type(value) in (list, tuple):
-            return type(value)(self.of(child) for child in value)
+        if type(value) is list:
+            children: list[Any] = []
+            self._copies[id(value)] = children
+            children.extend(map(self.of, value))
+            return children
+        if type(value) is tuple:
+            return self._copies.setdefault(id(value), tuple(map(self.of, value)))
         return value
 
     def _of_tensor(self, tensor: torch.Tensor) -> torch.Tensor:

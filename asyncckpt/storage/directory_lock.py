@@ -48,8 +48,11 @@ class LocalLock(Lock):
         return lock
 
     def describe(self, holder: str) -> None:
-        # A courtesy to others: also where the disk is full a lock must be had, or nothing could be deleted.
+        # A courtesy to others: also where the disk is full a lock must be had, or nothing could be deleted. Not if the
+        # file has a second name: it may be somebody's file of another kind.
         with contextlib.suppress(OSError):
+            if system_calls.fstat(self._file.fd).st_nlink > 1:
+                return
             system_calls.truncate(self._file.fd, 0)
             write_all(self._file.fd, 0, memoryview(holder.encode("utf-8", "replace")[:_MAX_HOLDER_BYTES]))
 
@@ -75,7 +78,8 @@ class LocalLock(Lock):
             self._file.close()
             return
         with contextlib.suppress(OSError):
-            system_calls.truncate(self._file.fd, 0)
+            if system_calls.fstat(self._file.fd).st_nlink == 1:
+                system_calls.truncate(self._file.fd, 0)
         with contextlib.suppress(OSError):  # closing is not enough while a child that has just been forked has a copy
             system_calls.unlock(self._file.fd)
         self._file.close()

@@ -19,6 +19,7 @@ from torch import nn
 import asyncckpt
 import asyncckpt.image.load as load_module
 from asyncckpt import CheckpointManager
+from asyncckpt.storage.local import LocalReader
 
 OLDER, NEWEST = 1, 2  # steps; the newest is the best too
 
@@ -59,7 +60,7 @@ def restored_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         for name, factor in (("exp_avg", 10.0), ("exp_avg_sq", 100.0)):
             state = optimizer.state.get(parameter, {})
             expected = torch.full_like(parameter, step * factor) if step else None
-            if not (expected is None and not state or expected is not None and torch.equal(state[name], expected)):
+            if bool(state) != (expected is not None) or not (expected is None or torch.equal(state[name], expected)):
                 return -1
     return step
 
@@ -106,7 +107,7 @@ def prepare(case: Case) -> None:
         wrap(torch, "load", now)
     elif case.moment == "loaded":
         wrap(torch, "load", lambda: is_loaded.append(True))
-        wrap(load_module.LocalReader, "last_change", lambda: now() if is_loaded else None)
+        wrap(LocalReader, "last_change", lambda: now() if is_loaded else None)
     elif case.moment != "returned":
         raise ValueError(case.moment)
 

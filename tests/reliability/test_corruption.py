@@ -112,7 +112,7 @@ def cases(directories: dict[str, str]) -> list[Case]:
     places = {files: places_in(newest_path(directory), chance) for files, directory in directories.items()}
     chosen = [kinds[number % len(kinds)] for number in range(max(DURING, len(kinds)))]
     return [
-        Case(directories[files], way, moment, damage, 0 if chance.random() < 0.1 else next(places[files]), SHAPES[files])
+        Case(directories[files], way, moment, damage, next(places[files]) * (chance.random() > 0.1), SHAPES[files])
         for way, moment, damage, files in chosen
     ]
 
