@@ -7,7 +7,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 EventKind = Literal[
-    "submitted", "staged", "retried", "committed", "failed", "skipped", "swept", "recovered", "deleted", "fallback"
+    "submitted",
+    "staged",
+    "retried",
+    "stalled",
+    "committed",
+    "failed",
+    "skipped",
+    "swept",
+    "recovered",
+    "deleted",
+    "fallback",
 ]
 
 
@@ -17,7 +27,8 @@ class Event:
 
     `path` is the destination (for `swept`, the dead temporary file that was removed; for `deleted`, the checkpoint that
     retention dropped; for `recovered`, what was made to agree after a crash; for `fallback`, the damaged checkpoint in
-    whose place an earlier one is loaded), `detail` one line for people, `time` seconds since the epoch.
+    whose place an earlier one is loaded), `detail` one line for people (for `stalled`, what the storage does not
+    return from), `time` seconds since the epoch.
     """
 
     kind: EventKind

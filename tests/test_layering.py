@@ -31,6 +31,7 @@ LAYERS = [
     "service.saver",
     "service.queue",
     "service.worker",
+    "service.watchdog",
     "service.handle service.admission service.order service.memory service.exit",
     "registry.directory",
     "registry.recovery",
@@ -46,7 +47,7 @@ LAYERS = [
     "storage.links storage.directory_lock",
     "storage.temporary storage.directories",
     "storage.files",
-    "storage.base storage.system_calls",
+    "storage.base storage.system_calls storage.bounded",
     "image.checksum",
     "image.layout image.arena",
     "policies registry.retention overhead",
@@ -59,9 +60,9 @@ TORCH_FREE = {
     *("registry.registry", "registry.retention", "registry.recovery", "registry.directory"),
     *("image.layout", "image.arena", "image.checksum", "image.verify", "image.file"),
     *("storage.base", "storage.local", "storage.system_calls"),
-    *(f"storage.{name}" for name in ("files", "directories", "temporary", "links", "directory_lock")),
+    *(f"storage.{name}" for name in ("files", "directories", "temporary", "links", "directory_lock", "bounded")),
     *(f"cli.{name}" for name in ("output", "listing", "verification", "upkeep", "advice")),
-    *(f"service.{name}" for name in ("queue", "worker", "handle", "admission", "order", "memory", "exit")),
+    *(f"service.{name}" for name in ("queue", "worker", "watchdog", "handle", "admission", "order", "memory", "exit")),
 }
 
 

@@ -13,10 +13,11 @@ from typing import Protocol
 
 from asyncckpt.events import EventKind
 from asyncckpt.image.checksum import ImageSource
-from asyncckpt.records import CheckpointInfo
+from asyncckpt.records import CheckpointInfo, Timings
 from asyncckpt.registry.directory import Listing
 from asyncckpt.service.handle import SaveHandle
 from asyncckpt.service.order import CommitOrder, Turn
+from asyncckpt.service.watchdog import Watch, Watchdog
 from asyncckpt.service.worker import Job, forget_frames, write_checkpoint
 from asyncckpt.storage.base import Storage
 from asyncckpt.threads import ThreadGroup, log_quietly, lower_priority
@@ -63,7 +64,15 @@ class SaveQueue:
     """Writes what is submitted, first come first served, on `num_workers` workers. Thread-safe."""
 
     def __init__(
-        self, storage: Storage, num_workers: int, *, nice: int, retries: int, verify_after_save: bool, emit: Emit
+        self,
+        storage: Storage,
+        num_workers: int,
+        *,
+        nice: int,
+        retries: int,
+        verify_after_save: bool,
+        stall_timeout_secs: float,
+        emit: Emit,
     ) -> None:
         self._storage = storage
         self._retries = retries
@@ -76,7 +85,11 @@ class SaveQueue:
         self._in_hurry = False
         self._workers = ThreadGroup("worker", num_workers, lambda: lower_priority(nice))
         self._writers = ThreadGroup("writer", _NUM_WRITER_THREADS, lambda: lower_priority(nice))
-        self.thread_groups = (self._workers, self._writers)
+        submissions = self._submissions
+        self._watchdog = Watchdog(
+            stall_timeout_secs, lambda path, detail: emit("stalled", path, detail), lambda: bool(submissions)
+        )
+        self.thread_groups = (self._workers, self._writers, self._watchdog)
 
     def submit(self, submission: Submission) -> None:
         """Queue a save. Takes no lock, since a signal handler may interrupt it with a save of its own.
@@ -91,9 +104,15 @@ class SaveQueue:
             self._workers.put(self._process_next)  # if it had been put, one of the two finds nothing to do
             raise
 
-    def run(self, action: Callable[[], object]) -> None:
+    def run(self, action: Callable[[], object], name: str, path: str) -> None:
         """Run `action` on a worker, after the saves before it have been begun. Does not wait."""
-        self._workers.put(action)
+        watchdog = self._watchdog
+
+        def run_watched() -> None:
+            with watchdog.watch(path, Timings()) as watch, watch.during(name):
+                action()
+
+        self._workers.put(run_watched)
 
     def hurry(self) -> None:
         """No more pauses between retries."""
@@ -105,10 +124,15 @@ class SaveQueue:
                 return
             submission = self._submissions.popleft()
             turn = self._order.enter(os.path.dirname(submission.handle.path))
+            watch = self._watchdog.watch(submission.handle.path, submission.handle.timings)
+        with watch:
+            self._process(submission, turn, watch)
+
+    def _process(self, submission: Submission, turn: Turn, watch: Watch) -> None:
         info: CheckpointInfo | None = None
         error: BaseException | None = None
         try:
-            info = self._write(submission, turn)
+            info = self._write(submission, turn, watch)
         except BaseException as caught:
             forget_frames(caught)
             error = caught
@@ -117,16 +141,20 @@ class SaveQueue:
         try:
             submission.settle(info, error)
             if info is not None and submission.listing is not None:
-                submission.listing.directory.delete_pending()
+                with watch.during("delete"):
+                    submission.listing.directory.delete_pending()
         finally:
             turn.leave()
             submission.finish()
 
-    def _write(self, submission: Submission, turn: Turn) -> CheckpointInfo:
+    def _write(self, submission: Submission, turn: Turn, watch: Watch) -> CheckpointInfo:
         handle, image = submission.handle, submission.image
         source = image.wait()
         handle.timings.queue_secs = time.perf_counter() - submission.time
-        self._sweep(os.path.dirname(handle.path))
+        with watch.during("the directory"):
+            if submission.listing is not None:
+                submission.listing.directory.check(submission.listing)
+            self._sweep(os.path.dirname(handle.path))
 
         def before_commit() -> None:
             turn.wait()
@@ -142,6 +170,7 @@ class SaveQueue:
             on_retry=lambda passing: self._emit("retried", handle.path, str(passing)),
             hurry=lambda: self._in_hurry,
             timings=handle.timings,
+            watch=watch,
             listing=submission.listing,
         )
         return write_checkpoint(job, self._writers)

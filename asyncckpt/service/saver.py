@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import threading
@@ -32,6 +33,7 @@ from asyncckpt.service.admission import WHEN_FULL, Admission, Place, WhenFull
 from asyncckpt.service.handle import SaveHandle
 from asyncckpt.service.memory import default_memory_limit
 from asyncckpt.service.queue import Emit, SaveQueue, Submission
+from asyncckpt.service.watchdog import Watchdog
 from asyncckpt.storage.local import LocalStorage
 from asyncckpt.threads import ThreadGroup, log_quietly
 from asyncckpt.version import __version__
@@ -60,6 +62,7 @@ class SaverOptions(TypedDict, total=False):
     verify_after_save: bool
     max_consecutive_failures: int
     nice: int
+    stall_timeout_secs: float
     exit_timeout_secs: float
     exit_code: int | None
 
@@ -108,7 +111,10 @@ class AsyncCheckpointSaver:
             again, and raises again if that fails too).
         nice: how far below the trainer the writing threads' priority is (0 to 19, Linux only). The default lets
             training have the cores; 0 writes faster while they are busy.
-        exit_timeout_secs: how long the interpreter's exit may be held up for what is still in flight.
+        stall_timeout_secs: a storage operation that takes longer is reported, by a `stalled` event, a warning in the
+            log and `handle.timings.stalled_secs`. It can't be ended; training goes on.
+        exit_timeout_secs: how long the interpreter's exit, or that of a `with` block, may be held up for what is still
+            in flight.
         exit_code: the process's exit code if that fails while it would have been 0; None leaves it alone.
     """
 
@@ -127,6 +133,7 @@ class AsyncCheckpointSaver:
         verify_after_save: bool = False,
         max_consecutive_failures: int = 3,
         nice: int = 10,
+        stall_timeout_secs: float = 60.0,
         exit_timeout_secs: float = 600.0,
         exit_code: int | None = 74,
     ) -> None:
@@ -139,9 +146,12 @@ class AsyncCheckpointSaver:
         _check_at_least("nice", nice, 0)
         if memory_limit is not None:
             _check_at_least("memory_limit", memory_limit, 1)
+        if not 0 < stall_timeout_secs < math.inf:
+            raise ValueError(f"stall_timeout_secs must be a number of seconds above 0, not {stall_timeout_secs}")
         if exit_timeout_secs < 0:
             raise ValueError(f"exit_timeout_secs must be at least 0, not {exit_timeout_secs}")
         self.exit_code = exit_code
+        self.stall_timeout_secs = stall_timeout_secs
         self._memory_limit = memory_limit
         self._on_success, self._on_failure = on_success, on_failure
         self._callbacks = ThreadGroup("callback", 1)
@@ -165,6 +175,7 @@ class AsyncCheckpointSaver:
             nice=nice,
             retries=retries,
             verify_after_save=verify_after_save,
+            stall_timeout_secs=stall_timeout_secs,
             emit=self.emit,
         )
         self._stagers = ThreadGroup("staging", 1)  # training may be waiting for these two: full priority
@@ -280,8 +291,8 @@ class AsyncCheckpointSaver:
                 group.join(_remaining(deadline))
             self._snapshots.close()
 
-    def run_on_worker(self, action: Callable[[], T]) -> T:
-        """The manager's: run `action` where saves are written, and wait for it.
+    def run_on_worker(self, action: Callable[[], T], name: str, path: str) -> T:
+        """The manager's: run `action` where saves are written, and wait for it; `name` and `path` say what it is.
 
         Not on the calling thread, so that a signal handler that interrupts the wait may still save.
         """
@@ -301,23 +312,24 @@ class AsyncCheckpointSaver:
             if self._closed:
                 raise SaverClosedError("this saver is closed; make another one")
             self._in_flight[handle] = None
-            self._queue.run(run)
+            self._queue.run(run, name, path)
         return outcome.result()
 
-    def wait_idle(self) -> None:
-        """The manager's: wait until nothing is in flight, whatever became of it."""
+    def wait_idle(self, timeout: float) -> bool:
+        """The manager's: wait until nothing is in flight, whatever became of it; False on time-out."""
+        deadline = time.monotonic() + timeout
         with self._lock:
             handles = list(self._in_flight)
-        for handle in handles:
-            handle.wait_over()
+        return all(handle.wait_over(_remaining(deadline)) for handle in handles)
 
-    def call_when_idle(self, action: Callable[[], object]) -> None:
-        """The manager's: call `action` once nothing is in flight any more, at once if that is so."""
+    def call_when_idle(self, action: Callable[[], object]) -> bool:
+        """The manager's: call `action` once nothing is in flight any more, at once if that is so: then True."""
         with self._lock:
             if self._in_flight:
                 self._when_idle.append(action)
-                return
+                return False
         action()
+        return True
 
     def __enter__(self) -> AsyncCheckpointSaver:
         return self
@@ -326,10 +338,10 @@ class AsyncCheckpointSaver:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is None:
-            self.close()
+            self.close(self._exit_timeout_secs)
             return
         try:
-            self.close()
+            self.close(self._exit_timeout_secs)
         except Exception:
             # The body's own error is the one to raise; failed saves are in the log already.
             logger.exception("saves failed while another error was on its way")
@@ -530,7 +542,7 @@ class AsyncCheckpointSaver:
         self._finalizer.detach()
 
 
-def _abandon(groups: Sequence[ThreadGroup], snapshots: Snapshotter, pid: int) -> None:
+def _abandon(groups: Sequence[ThreadGroup | Watchdog], snapshots: Snapshotter, pid: int) -> None:
     """A saver was dropped without `close()`: what is in flight still finishes, then everything is given back."""
     if os.getpid() == pid:
         for group in groups:

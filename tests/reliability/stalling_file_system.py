@@ -10,7 +10,6 @@ The server runs several threads, so that a stall of one operation holds up no ot
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import select
@@ -168,6 +167,7 @@ def _serve(source: str, mount: str, control: socket.socket) -> None:
     import mfusepy
 
     gate = _Gate(control)
+    field = getattr
 
     class PassThrough(mfusepy.Operations):  # type: ignore[misc]
         use_ns = True
@@ -179,8 +179,8 @@ def _serve(source: str, mount: str, control: socket.socket) -> None:
             gate.pass_through("getattr")
             status = os.fstat(fh) if fh else os.lstat(source + path)
             names = ("mode", "ino", "dev", "nlink", "uid", "gid", "size", "blocks")
-            times = {f"st_{name}": getattr_(status, f"st_{name}_ns") for name in ("atime", "mtime", "ctime")}
-            return {f"st_{name}": getattr_(status, f"st_{name}") for name in names} | times
+            times = {f"st_{name}": field(status, f"st_{name}_ns") for name in ("atime", "mtime", "ctime")}
+            return {f"st_{name}": field(status, f"st_{name}") for name in names} | times
 
         def readdir(self, path: str, fh: int) -> list[str]:
             gate.pass_through("readdir")
@@ -238,7 +238,6 @@ def _serve(source: str, mount: str, control: socket.socket) -> None:
         def rmdir(self, path: str) -> None:
             os.rmdir(source + path)
 
-    getattr_ = getattr
     mfusepy.FUSE(
         PassThrough(),
         mount,
@@ -255,4 +254,4 @@ def _serve(source: str, mount: str, control: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(_serve(sys.argv[1], sys.argv[2], socket.socket(fileno=int(sys.argv[3]))))
+    _serve(sys.argv[1], sys.argv[2], socket.socket(fileno=int(sys.argv[3])))
