@@ -136,6 +136,8 @@ class SaveQueue:
         except BaseException as caught:
             forget_frames(caught)
             error = caught
+            with self._lock:  # what it could not remove then, the next save does
+                self._swept.discard(os.path.dirname(submission.handle.path))
         finally:
             submission.image.release()
         try:

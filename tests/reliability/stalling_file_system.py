@@ -5,7 +5,7 @@ until `go`; `die` is the end of the process, after which every call on the mount
 not passed on: the kernel keeps it for the mount.
 
 The server runs several threads, so that a stall of one operation holds up no other; a dead server holds up all, which
-`stall("everything")` does.
+`stall(EVERYTHING)` does. With `single_threaded` one stalled operation holds up all later ones, unread.
 """
 
 from __future__ import annotations
@@ -34,18 +34,20 @@ _MOUNTED = "mounted"
 class StallingFileSystem:
     """A mount of `source` at `mount`. Not thread-safe. Look at files in `source` while the mount does not answer."""
 
-    def __init__(self, source: Path, mount: Path) -> None:
+    def __init__(self, source: Path, mount: Path, *, single_threaded: bool = False) -> None:
         self.source, self.mount = source, mount
+        self._threads = "one" if single_threaded else "many"
         self._socket: socket.socket
         self._server: subprocess.Popen[bytes]
-        self._received = b""
+        self._received: bytes
         self._stalled: list[str] = []
         self.start()
 
     def start(self) -> None:
-        """Mount it, also anew after `die`."""
+        """Mount it."""
+        self._received = b""
         self._socket, theirs = socket.socketpair()
-        command = [sys.executable, __file__, str(self.source), str(self.mount), str(theirs.fileno())]
+        command = [sys.executable, __file__, str(self.source), str(self.mount), str(theirs.fileno()), self._threads]
         self._server = subprocess.Popen(command, pass_fds=[theirs.fileno()])
         theirs.close()
         self._expect(_MOUNTED, _MAX_START_SECS)
@@ -71,6 +73,11 @@ class StallingFileSystem:
         self._server.kill()
         self._server.wait()
         self._socket.close()
+
+    def start_anew(self) -> None:
+        """Mount it anew in its place, after `die`."""
+        self.unmount()
+        self.start()
 
     def unmount(self) -> None:
         """Die, and take the mount away, whatever is stuck on it. Safe to call twice."""
@@ -101,7 +108,7 @@ class StallingFileSystem:
 
 
 @contextmanager
-def stalling_file_system(directory: Path) -> Iterator[StallingFileSystem]:
+def stalling_file_system(directory: Path, *, single_threaded: bool = False) -> Iterator[StallingFileSystem]:
     """Mounted under `directory`, and unmounted at the end whatever happened. Skips, loudly, where that can't be."""
     from reliability import gates
 
@@ -111,7 +118,7 @@ def stalling_file_system(directory: Path) -> Iterator[StallingFileSystem]:
     source, mount = directory / "source", directory / "mount"
     source.mkdir(parents=True)
     mount.mkdir()
-    system = StallingFileSystem(source, mount)
+    system = StallingFileSystem(source, mount, single_threaded=single_threaded)
     try:
         yield system
     finally:
@@ -158,12 +165,19 @@ class _Gate:
                 return
             number = self._number
             self._say(f"stalled {operation}")
-            self._changed.wait_for(lambda: self._number > number)
+            while not self._changed.wait_for(lambda: self._number > number, timeout=1.0):
+                _end_with_the_test()
             if self._error:
                 raise OSError(self._error, os.strerror(self._error))
 
 
-def _serve(source: str, mount: str, control: socket.socket) -> None:
+def _end_with_the_test() -> None:
+    """A test that was killed is a zombie until its stuck threads are answered, and keeps its end of the socket open."""
+    if Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _serve(source: str, mount: str, control: socket.socket, *, nothreads: bool) -> None:
     import mfusepy
 
     gate = _Gate(control)
@@ -182,9 +196,14 @@ def _serve(source: str, mount: str, control: socket.socket) -> None:
             times = {f"st_{name}": field(status, f"st_{name}_ns") for name in ("atime", "mtime", "ctime")}
             return {f"st_{name}": field(status, f"st_{name}") for name in names} | times
 
-        def readdir(self, path: str, fh: int) -> list[str]:
+        def readdir(self, path: str, fh: int) -> list[tuple[str, dict[str, int], int]]:
             gate.pass_through("readdir")
-            return [".", "..", *os.listdir(source + path)]
+            entries = []
+            for name in (".", "..", *os.listdir(source + path)):
+                status = os.lstat(source + path + "/" + name)
+                # An inode number of 0 would mean that there is no such entry.
+                entries.append((name, {"st_ino": status.st_ino, "st_mode": status.st_mode}, 0))
+            return entries
 
         def open(self, path: str, flags: int) -> int:
             gate.pass_through("open")
@@ -242,6 +261,7 @@ def _serve(source: str, mount: str, control: socket.socket) -> None:
         PassThrough(),
         mount,
         foreground=True,
+        nothreads=nothreads,
         max_threads=64,
         max_idle_threads=64,
         fsname="asyncckpt-test",
@@ -254,4 +274,4 @@ def _serve(source: str, mount: str, control: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], sys.argv[2], socket.socket(fileno=int(sys.argv[3])))
+    _serve(sys.argv[1], sys.argv[2], socket.socket(fileno=int(sys.argv[3])), nothreads=sys.argv[4] == "one")
