@@ -2,7 +2,8 @@
 
 `StallingFileSystem` mounts it from a process of its own. Operations that stall wait in the kernel, as on a dead server,
 until `go`; `die` is the end of the process, after which every call on the mount fails at once (ENOTCONN). flock is
-not passed on: the kernel keeps it for the mount.
+not passed on: the kernel keeps it for the mount. Nor is flush: closing a file asks the server nothing. (Where it does,
+a process with open files on the mount can't end before the answer, whatever kills it: the kernel closes them itself.)
 
 The server runs several threads, so that a stall of one operation holds up no other; a dead server holds up all, which
 `stall(EVERYTHING)` does. With `single_threaded` one stalled operation holds up all later ones, unread.
@@ -224,9 +225,6 @@ def _serve(source: str, mount: str, control: socket.socket, *, nothreads: bool) 
         def truncate(self, path: str, length: int, fh: int | None = None) -> None:
             gate.pass_through("truncate")
             os.truncate(fh or source + path, length)
-
-        def flush(self, path: str, fh: int) -> None:
-            gate.pass_through("flush")
 
         def release(self, path: str, fh: int) -> None:
             os.close(fh)  # nobody waits for the answer

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -381,6 +382,16 @@ def state_of(pid: int) -> str:
         return ""
 
 
+@contextmanager
+def ended_with(system: StallingFileSystem) -> Iterator[None]:
+    """A failure lets everybody go, before somebody waits for a process that can't end."""
+    try:
+        yield
+    except BaseException:
+        system.die()
+        raise
+
+
 @pytest.mark.parametrize("server", ["has the request", "reads nothing"])
 def test_a_process_ends_though_a_thread_is_stuck(tmp_path: Path, server: str) -> None:
     """Exit gives up after exit_timeout_secs. A thread whose request a FUSE server has taken can't be killed by anybody:
@@ -388,9 +399,8 @@ def test_a_process_ends_though_a_thread_is_stuck(tmp_path: Path, server: str) ->
     """
     with stalling_file_system(tmp_path / "system", single_threaded=server == "reads nothing") as system:
         command = [sys.executable, "-c", TRAINER, str(system.mount / "run")]
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, **pipes, text=True) as process, ended_with(system):  # type: ignore[call-overload]
             assert process.stdin is not None
             assert process.stdout is not None
             assert process.stderr is not None
