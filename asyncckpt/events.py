@@ -10,6 +10,7 @@ EventKind = Literal[
     "submitted",
     "staged",
     "retried",
+    "stalled",
     "committed",
     "failed",
     "skipped",
@@ -28,7 +29,7 @@ class Event:
     `path` is the destination (for `swept`, the dead temporary file that was removed; for `deleted`, the checkpoint that
     retention dropped; for `recovered`, what was made to agree after a crash; for `fallback`, the damaged checkpoint in
     whose place an earlier one is loaded; empty for `writer_died`, which is about the writer process), `detail` one line
-    for people, `time` seconds since the epoch.
+    for people (for `stalled`, what the storage does not return from), `time` seconds since the epoch.
     """
 
     kind: EventKind

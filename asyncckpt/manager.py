@@ -7,6 +7,7 @@ import os
 import statistics
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -32,6 +33,7 @@ from asyncckpt.overhead import OverheadMeter
 from asyncckpt.policies import Progress, SavePolicy
 from asyncckpt.records import CheckpointInfo, Timings, VerifyReport, is_better
 from asyncckpt.registry.directory import CheckpointDirectory, Listing
+from asyncckpt.registry.registry import Registry
 from asyncckpt.registry.retention import KeepLast, RetentionPolicy
 from asyncckpt.resume import Resume, Target, check_names
 from asyncckpt.service.handle import SaveHandle
@@ -39,6 +41,7 @@ from asyncckpt.service.saver import AsyncCheckpointSaver
 from asyncckpt.state.capture import as_float, as_int, create_checkpoint, unwrap
 from asyncckpt.state.rng import capture_rng_states
 from asyncckpt.state.stateful import capture_stateful
+from asyncckpt.storage.bounded import BoundedStorage, NoAnswerError
 from asyncckpt.storage.local import LocalStorage
 from asyncckpt.threads import log_quietly
 
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from asyncckpt.service.saver import SaverOptions
 
 _NUM_RECENT_SAVES = 5
+_MAX_LOOK_SECS = 2.0  # what a save spends on looking at a directory that does not answer, once
 
 
 class CheckpointManager:
@@ -75,7 +79,8 @@ class CheckpointManager:
         save_rng: save the state of all random number generators, and restore it with the rest.
         weights_only: refuse to save what a safe load would refuse, and load safely. False saves any picklable state,
             and loads may then run code that is in the file.
-        lock_timeout_secs: how long to wait for another writer of the directory.
+        lock_timeout_secs: how long to wait for another writer of the directory. When the storage does not answer while
+            it is opened, `save` gives up after this and `stall_timeout_secs` more.
         saver_options: those of `AsyncCheckpointSaver`: `snapshot`, `max_in_flight`, `when_full`, `on_failure`, ….
     """
 
@@ -111,6 +116,10 @@ class CheckpointManager:
                 raise ValueError(f"max_checkpoints must be a whole number of at least 1, not {max_checkpoints!r}")
             retention = KeepLast(max_checkpoints)
         self._saver = AsyncCheckpointSaver(**saver_options)
+        self._storage = BoundedStorage()
+        self._finalizer = weakref.finalize(self, self._storage.end, _nothing)
+        self._finalizer.atexit = False
+        self._max_opening_secs = lock_timeout_secs + self._saver.stall_timeout_secs
         self._directory = CheckpointDirectory(
             str(self.checkpoint_dir),
             LocalStorage(),
@@ -119,9 +128,11 @@ class CheckpointManager:
             mode=monitor_mode,
             lock_timeout_secs=lock_timeout_secs,
             report=self._saver.emit,
+            note_progress=self._storage.note_progress,
         )
         self._resume = Resume(self._directory, self._saver.emit, weights_only=weights_only)
         self._saving = threading.RLock()  # guards what follows; reentrant, since signal handlers may save
+        self._is_opening = False
         self._in_flight: list[tuple[SaveHandle, CheckpointInfo]] = []
         self._recent_timings: deque[Timings] = deque(maxlen=_NUM_RECENT_SAVES)
         self._overhead = OverheadMeter()
@@ -170,8 +181,9 @@ class CheckpointManager:
             MetricNotFoundError: metrics were given, but not the monitored one.
             UnsafeCheckpointError: a safe load would refuse something; the message names it (`config.optimizer_cls`).
             UnsupportedStateError: the model is sharded over the ranks, or something can't be saved.
-            StorageBusyError, CheckpointWriteError, RegistryError: the directory can't be opened for writing. Once it
-                has been, what becomes of it later fails saves (by their handles), and training goes on.
+            StorageBusyError, CheckpointWriteError, RegistryError: the directory can't be opened for writing: somebody
+                else writes to it, or the storage refuses or does not answer. Once it has been open, what becomes of it
+                later fails saves (by their handles), and training goes on.
             And what `AsyncCheckpointSaver.save` raises.
         """
         self._saver.check_not_in_callback("save")
@@ -258,7 +270,7 @@ class CheckpointManager:
         with self._saving:
             self._saver.check_usable()
             try:
-                self._open()
+                is_certain = self._open()
             except (CheckpointWriteError, StorageBusyError, RegistryError) as error:
                 if not self._directory.was_open:
                     raise
@@ -270,7 +282,8 @@ class CheckpointManager:
             if self.save_best_only and not self._is_improvement(info):
                 return None
             self._note_branch(info)
-            handle = self._submit_listed(checkpoint, self._directory.reserve(info), model, optimizer)
+            listing = replace(self._directory.reserve(info), is_certain=is_certain)
+            handle = self._submit_listed(checkpoint, listing, model, optimizer)
             if not handle.skipped:
                 self._note_saving(handle, info)
             return handle
@@ -298,15 +311,49 @@ class CheckpointManager:
         self._in_flight.append((handle, info))
         self._overhead.note_save()
 
-    def _open(self) -> None:
-        if not self._directory.is_open:
-            self._saver.wait_idle()  # somebody may have moved or removed the directory under what is in flight
-            self._directory.open_for_writing()
+    def _open(self) -> bool:
+        """Open the directory for writing, if it is not open; False when the storage does not say whether it still is.
+
+        Bounded, whatever the storage does. When it does not answer during the opening, that goes on in the background.
+        """
+        if self._is_opening:
+            raise CheckpointError(f"{self.checkpoint_dir} is being opened for writing by what this signal interrupted")
+        is_open = self._looks_open()
+        if is_open is not False:
+            return is_open is True
+        self._is_opening = True
+        try:
+            # Somebody may have moved or removed the directory under what is in flight.
+            if not self._saver.wait_idle(self._max_opening_secs):
+                raise NoAnswerError
+            self._storage.ask(self._directory.open_for_writing, self._max_opening_secs)
+        except NoAnswerError:
+            raise StorageBusyError(
+                f"{self.checkpoint_dir} could not be opened for writing: the storage does not answer. The opening goes "
+                "on in the background; a later save finds it done, or tries again"
+            ) from None
+        finally:
+            self._is_opening = False
+        return True
+
+    def _looks_open(self) -> bool | None:
+        """Whether the directory is open for writing; None when it should be, but the storage does not answer."""
+        if self._directory.known is None:
+            return False
+        try:
+            return self._storage.ask(self._directory.look, _MAX_LOOK_SECS)
+        except NoAnswerError:
+            return None
+
+    def _registry(self) -> Registry:
+        """The registry: the writer's own, also when the storage does not answer, or what is read from the directory."""
+        known = self._directory.known if self._looks_open() is not False else None
+        return self._directory.registry if known is None else known
 
     def _is_improvement(self, info: CheckpointInfo) -> bool:
         """On the best there is, and on those that are still being written."""
         self._forget_settled()
-        best = self._directory.registry.best_score
+        best = self._directory.own_registry.best_score
         for _, other in self._in_flight:
             if is_better(other.metric(self.monitor_metric), best, self.monitor_mode):
                 best = other.metric(self.monitor_metric)
@@ -319,7 +366,7 @@ class CheckpointManager:
 
     def _note_branch(self, info: CheckpointInfo) -> None:
         newest = self._newest_step
-        if newest is None and (latest := self._directory.registry.latest) is not None:
+        if newest is None and (latest := self._directory.own_registry.latest) is not None:
             newest = latest.global_step
         if newest is not None and (info.global_step or 0) < newest:
             log_quietly(
@@ -459,30 +506,30 @@ class CheckpointManager:
 
     def list_checkpoints(self) -> list[CheckpointInfo]:
         """All checkpoints, in the order of their commits. Reads the registry; changes nothing."""
-        return [self._directory.locate(info) for info in self._directory.registry.checkpoints]
+        return [self._directory.locate(info) for info in self._registry().checkpoints]
 
     @property
     def latest(self) -> CheckpointInfo | None:
         """The checkpoint that was committed last."""
-        latest = self._directory.registry.latest
+        latest = self._registry().latest
         return latest and self._directory.locate(latest)
 
     @property
     def best(self) -> CheckpointInfo | None:
         """The best checkpoint by the monitored metric."""
-        best = self._directory.registry.best
+        best = self._registry().best
         return best and self._directory.locate(best)
 
     @property
     def best_score(self) -> float:
         """The best checkpoint's metric; without one, infinitely bad."""
-        score = self._directory.registry.best_score
+        score = self._registry().best_score
         return score if score is not None else float("inf" if self.monitor_mode == "min" else "-inf")
 
     @property
     def best_checkpoint_path(self) -> Path | None:
         """`best_model.pt`, if there is a best checkpoint. It may share its bytes with the checkpoint's own file."""
-        return self.checkpoint_dir / BEST_NAME if self._directory.registry.best else None
+        return self.checkpoint_dir / BEST_NAME if self._registry().best else None
 
     def verify(self) -> list[VerifyReport]:
         """Read every byte of every checkpoint and check it. Blocks; changes nothing. A missing file is a problem."""
@@ -507,8 +554,10 @@ class CheckpointManager:
             dropped = self._directory.prune(retention, dry_run=True)
         else:
             self._saver.check_open()
-            self._open()
-            dropped = self._saver.run_on_worker(lambda: self._directory.prune(retention))
+            with self._saving:
+                self._open()
+            path = str(self.checkpoint_dir)
+            dropped = self._saver.run_on_worker(lambda: self._directory.prune(retention), "prune", path)
         return [self._directory.locate(info) for info in dropped]
 
     # --- the writer process ---
@@ -539,12 +588,29 @@ class CheckpointManager:
     def close(self, timeout: float | None = None) -> None:
         """Wait until everything is durable, and give threads, memory and the directory back. Raises as `wait` does.
 
-        Waits for no other rank: in a distributed run the first one closes what it wrote, and alone raises what failed.
+        Blocks up to `timeout` seconds. Waits for no other rank: in a distributed run the first one closes what it
+        wrote, and alone raises what failed.
         """
+        deadline = None if timeout is None else time.monotonic() + timeout
         try:
             self._saver.close(timeout)
         finally:
-            self._saver.call_when_idle(self._directory.shut)
+            self._give_back(deadline)
+
+    def _give_back(self, deadline: float | None) -> None:
+        """Let the next writer in, once nothing is in flight; not on this thread, which a dead storage must not hold."""
+        storage, directory = self._storage, self._directory
+        if not self._saver.call_when_idle(lambda: storage.end(directory.shut)):
+            return
+        patience = self._saver.stall_timeout_secs
+        if deadline is not None:
+            patience = min(patience, max(0.0, deadline - time.monotonic()))
+        if not storage.join(patience):
+            log_quietly(
+                logging.WARNING,
+                f"{self.checkpoint_dir}: nothing is left to be written, but the storage does not answer: the directory "
+                "is given back when it does, or when this process ends",
+            )
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -555,11 +621,15 @@ class CheckpointManager:
         try:
             self._saver.__exit__(kind, error, traceback)
         finally:
-            self._saver.call_when_idle(self._directory.shut)
+            self._give_back(None)
 
 
 def _run(action: Callable[[], object]) -> None:
     action()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _local_directory(path: str | os.PathLike[str]) -> Path:

@@ -55,7 +55,8 @@ class Timings:
 
     `blocked_secs` is what the call to `save()` took: waiting for room, planning and staging. `fence_secs` is what
     training waited at `optimizer.step` for an overlapped staging. `durable_secs` runs from the call to `save()` to
-    the checkpoint being durable. `checksum_secs` and `write_secs` are summed over threads that run at the same time.
+    the checkpoint being durable. `stalled_secs` is what the storage took to answer beyond `stall_timeout_secs`; it
+    grows while a stall lasts. `checksum_secs` and `write_secs` are summed over threads that run at the same time.
     """
 
     num_bytes: int = 0
@@ -68,6 +69,7 @@ class Timings:
     write_secs: float = 0.0
     sync_secs: float = 0.0
     commit_secs: float = 0.0
+    stalled_secs: float = 0.0
     durable_secs: float = 0.0
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 from asyncckpt.naming import printable
@@ -103,9 +104,10 @@ class ThreadGroup:
         return reached.wait(timeout)
 
     def join(self, timeout: float | None) -> bool:
-        """Wait for the threads to end; False when `timeout` seconds (for each) were not enough."""
+        """Wait for the threads to end; False when `timeout` seconds were not enough."""
+        deadline = None if timeout is None else time.monotonic() + timeout
         for thread in self._threads:
-            thread.join(timeout)
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:

@@ -44,7 +44,7 @@ from asyncckpt.registry.registry import (
 )
 from asyncckpt.registry.retention import RetentionPolicy, retained
 from asyncckpt.storage import system_calls
-from asyncckpt.storage.base import FINISHING, Lock, Storage
+from asyncckpt.storage.base import FINISHING, Lock, Reader, Storage
 from asyncckpt.threads import log_quietly
 
 Report = Callable[[EventKind, str, str], None]
@@ -57,6 +57,7 @@ class Listing:
     directory: CheckpointDirectory
     info: CheckpointInfo
     run_id: str
+    is_certain: bool = True  # that the directory was still open for writing when this was reserved
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class CheckpointDirectory:
         mode: str | None = None,
         lock_timeout_secs: float = 10.0,
         report: Report = lambda kind, path, detail: None,
+        note_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.path = path
         self.retention, self.metric, self.mode = retention, metric, mode
@@ -103,8 +105,9 @@ class CheckpointDirectory:
         self._storage = storage
         self._lock_timeout_secs = lock_timeout_secs
         self._report_event = report
+        self._note_progress = note_progress
 
-        self._opening = threading.RLock()
+        self._opening = threading.Lock()
         self._is_opening = False
         self._lock: Lock | None = None
         self._device: int | None = None
@@ -116,6 +119,7 @@ class CheckpointDirectory:
         self._damaged: frozenset[int] = frozenset()
         self._sequences = itertools.count(1)  # its `next` is one act, whatever signals come
         self._run_id: str | None = None  # kept when the directory is opened anew, and there is nothing in it yet
+        self._names: frozenset[str] = frozenset()  # in the directory, when somebody looked last
         self._reserved: set[str] = set()  # names of what is being written
         self._is_shut = False
 
@@ -137,6 +141,17 @@ class CheckpointDirectory:
         if registry is None or not self.is_open:
             registry = self.read().registry
         return registry.with_damaged(self._damaged) if self._damaged else registry
+
+    @property
+    def own_registry(self) -> Registry:
+        """The writer's own registry, from memory; raises `CheckpointError` when it is not open for writing."""
+        return self._own_registry().with_damaged(self._damaged)
+
+    @property
+    def known(self) -> Registry | None:
+        """The writer's own registry, for whoever must not wait for the storage; None when it has not been opened."""
+        registry = None if self._is_opening else self._registry
+        return registry and (registry.with_damaged(self._damaged) if self._damaged else registry)
 
     @property
     def is_open(self) -> bool:
@@ -182,6 +197,14 @@ class CheckpointDirectory:
 
     # --- opening for writing ---
 
+    def look(self) -> bool:
+        """Whether it is (still) open for writing; if so, `reserve` knows from now on which names are there. Blocks."""
+        if not self.is_open:
+            return False
+        with contextlib.suppress(OSError):
+            self._names = frozenset(self._storage.list_names(self.path))
+        return True
+
     def open_for_writing(self) -> None:
         """Take the lock and make the directory agree with itself. Blocks; returns at once when it is open already.
 
@@ -190,8 +213,6 @@ class CheckpointDirectory:
         `RegistryError`.
         """
         with self._opening:
-            if self._is_opening:
-                raise CheckpointError(f"{self.path} is being opened for writing by what this signal interrupted")
             if self._is_shut:
                 raise SaverClosedError(f"the manager of {self.path} is closed; make another one")
             if self.is_open:
@@ -204,7 +225,9 @@ class CheckpointDirectory:
                     self.close()
                     self._lock = self._take_lock()
                     self._device = self._storage.device(self.path)
+                    self._note_progress()
                     self._recover()
+                    self.look()
             except BaseException:
                 self.close()
                 raise
@@ -358,7 +381,7 @@ class CheckpointDirectory:
     def _problem(self, name: str) -> str:
         """What is wrong with a file; "" when it is whole. Reads all of it; raises OSError when it can't."""
         path = self.path_of(name)
-        with self._storage.open(path, follow_links=False) as reader:
+        with _Heard(self._storage.open(path, follow_links=False), self._note_progress) as reader:
             report = verify_reader(reader, path, num_threads=default_num_threads())
         return report.problems[0] if report.problems else ""
 
@@ -425,13 +448,14 @@ class CheckpointDirectory:
     # --- writing ---
 
     def reserve(self, info: CheckpointInfo) -> Listing:
-        """Give a checkpoint that is about to be written its sequence number, and a name that nobody else's file has."""
+        """Give a checkpoint that is about to be written its sequence number, and a name that nobody else's file has.
+
+        Does not block: it goes by the last `look`.
+        """
         registry = self._own_registry()
         ours = {str(entry.filepath) for entry in registry.checkpoints}
         ours |= {drop.name for drop in registry.pending_deletes} | self._reserved
-        taken = set(self._strangers)
-        with contextlib.suppress(OSError):
-            taken |= set(self._storage.list_names(self.path)) - ours
+        taken = self._strangers | (self._names - ours)
         name = str(info.filepath)
         number = 2
         while name in taken:
@@ -443,6 +467,17 @@ class CheckpointDirectory:
     def withdraw(self, listing: Listing) -> None:
         """The checkpoint was not written after all: whoever puts a file of that name here keeps it."""
         self._reserved.discard(str(listing.info.filepath))
+
+    def check(self, listing: Listing) -> None:
+        """Find out what was uncertain when the storage did not answer. Blocks.
+
+        Raises `CheckpointWriteError` when the directory is not this writer's any more.
+        """
+        if not listing.is_certain and not self.is_open:
+            raise CheckpointWriteError(
+                f"{self.path_of(str(listing.info.filepath))} was not saved: the directory was moved, removed or "
+                "unmounted while the storage did not answer; the next save opens it anew"
+            )
 
     def describe(self, info: CheckpointInfo) -> Mapping[str, object]:
         """What the checkpoint's file is to say of itself."""
@@ -628,6 +663,22 @@ def _has_ended(holder: str) -> bool:
         return bool(poll.poll(0))  # it may still wait for its parent to take note
     finally:
         system_calls.close(pidfd)
+
+
+class _Heard(Reader):
+    """A reader that tells of every answer."""
+
+    def __init__(self, reader: Reader, note: Callable[[], None]) -> None:
+        self.num_bytes = reader.num_bytes
+        self._reader = reader
+        self._note = note
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        self._reader.read_into(offset, view)
+        self._note()
+
+    def close(self) -> None:
+        self._reader.close()
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ class Setup(Message, frozen=True):
     nice: int
     retries: int
     verify_after_save: bool
+    stall_timeout_secs: float
 
 
 class ShareArena(Message, frozen=True):
@@ -65,6 +66,7 @@ class PlannedListing(msgspec.Struct, frozen=True):
     directory: int
     info: CheckpointInfo
     run_id: str
+    is_certain: bool
     damaged: list[int]
 
 

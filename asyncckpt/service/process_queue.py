@@ -143,7 +143,7 @@ class ProcessQueue:
         """The handle's image is complete, or given up. On return it is in the writer's hands, if it is its turn."""
         self._advance()
 
-    def run(self, action: Callable[[], object]) -> None:
+    def run(self, action: Callable[[], object], name: str, path: str) -> None:
         """Run `action` on a worker of this process, once the writer has finished what it has. Does not wait."""
         number = next(self._numbers)
 
@@ -154,7 +154,7 @@ class ProcessQueue:
                 self._forget(number)
 
         with self._lock:
-            self._entries[number] = _Work(number, lambda: self._local.run(run))
+            self._entries[number] = _Work(number, lambda: self._local.run(run, name, path))
         self._advance()
 
     def hurry(self) -> None:
@@ -190,7 +190,7 @@ class ProcessQueue:
         with self._lock:
             for entry in self._next():
                 if isinstance(entry, _Work):
-                    self._local.run(self._start_works)
+                    self._local.put(self._start_works)
                     break
                 try:
                     self._send(entry)
@@ -284,7 +284,9 @@ class ProcessQueue:
             if (listing := submission.listing) is not None:
                 self._grant(process, listing.directory)
                 damaged = sorted(listing.directory.damaged)
-                planned = PlannedListing(id(listing.directory), listing.info, listing.run_id, damaged)
+                planned = PlannedListing(
+                    id(listing.directory), listing.info, listing.run_id, listing.is_certain, damaged
+                )
             self._tell(Submit(entry.number, os.fsencode(entry.path), planned))
             entry.is_started = True
         if not entry.is_handed_over and submission.image.is_complete:

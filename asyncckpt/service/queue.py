@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -14,10 +15,11 @@ from typing import Protocol
 from asyncckpt.events import EventKind
 from asyncckpt.image.arena import Arena
 from asyncckpt.image.checksum import ImageSource
-from asyncckpt.records import CheckpointInfo
+from asyncckpt.records import CheckpointInfo, Timings
 from asyncckpt.registry.directory import Listing
 from asyncckpt.service.handle import SaveHandle
 from asyncckpt.service.order import CommitOrder, Turn
+from asyncckpt.service.watchdog import Watch, Watchdog
 from asyncckpt.service.worker import Job, forget_frames, write_checkpoint
 from asyncckpt.storage.base import Storage
 from asyncckpt.threads import ThreadGroup, log_quietly, lower_priority
@@ -75,7 +77,15 @@ class SaveQueue:
     """Writes what is submitted, first come first served, on `num_workers` workers. Thread-safe."""
 
     def __init__(
-        self, storage: Storage, num_workers: int, *, nice: int, retries: int, verify_after_save: bool, emit: Emit
+        self,
+        storage: Storage,
+        num_workers: int,
+        *,
+        nice: int,
+        retries: int,
+        verify_after_save: bool,
+        stall_timeout_secs: float,
+        emit: Emit,
     ) -> None:
         self._storage = storage
         self._retries = retries
@@ -87,12 +97,16 @@ class SaveQueue:
         self._swept: set[str] = set()
         self._in_hurry = False
         self._workers = ThreadGroup("worker", num_workers, lambda: lower_priority(nice))
-        try:
+        submissions = self._submissions
+        with contextlib.ExitStack() as started:  # there may be no memory for one more thread
+            started.callback(self._workers.stop)
             self._writers = ThreadGroup("writer", _NUM_WRITER_THREADS, lambda: lower_priority(nice))
-        except BaseException:
-            self._workers.stop()
-            raise
-        self.thread_groups = (self._workers, self._writers)
+            started.callback(self._writers.stop)
+            self._watchdog = Watchdog(
+                stall_timeout_secs, lambda path, detail: emit("stalled", path, detail), lambda: bool(submissions)
+            )
+            started.pop_all()
+        self.thread_groups = (self._workers, self._writers, self._watchdog)
 
     def submit(self, submission: Submission) -> None:
         """Queue a save. Takes no lock, since a signal handler may interrupt it with a save of its own.
@@ -112,9 +126,19 @@ class SaveQueue:
     def staged(self, handle: SaveHandle) -> None:
         """The handle's image is complete: the workers see that for themselves."""
 
-    def run(self, action: Callable[[], object]) -> None:
-        """Run `action` on a worker, after the saves before it have been begun. Does not wait."""
+    def put(self, action: Callable[[], object]) -> None:
+        """Run a short `action` on a worker. Does not wait."""
         self._workers.put(action)
+
+    def run(self, action: Callable[[], object], name: str, path: str) -> None:
+        """Run `action` on a worker, after the saves before it have been begun. Does not wait."""
+        watchdog = self._watchdog
+
+        def run_watched() -> None:
+            with watchdog.watch(path, Timings()) as watch, watch.during(name):
+                action()
+
+        self._workers.put(run_watched)
 
     def hurry(self) -> None:
         """No more pauses between retries."""
@@ -133,43 +157,42 @@ class SaveQueue:
             if not self._submissions:
                 return
             submission = self._submissions.popleft()
-            turn = self._enter(submission)
-        self._carry_out(submission, turn)
+            turn = self._order.enter(os.path.dirname(submission.handle.path))
+            watch = self._watchdog.watch(submission.handle.path, submission.handle.timings)
+        with watch:
+            self._process(submission, turn, watch)
 
-    def carry_out(self, submission: Submission) -> None:
-        """Do all that is to be done for a save, on the calling thread, which is a worker."""
-        with self._lock:
-            turn = self._enter(submission)
-        self._carry_out(submission, turn)
-
-    def _enter(self, submission: Submission) -> Turn:
-        return self._order.enter(os.path.dirname(submission.handle.path))
-
-    def _carry_out(self, submission: Submission, turn: Turn) -> None:
+    def _process(self, submission: Submission, turn: Turn, watch: Watch) -> None:
         info: CheckpointInfo | None = None
         error: BaseException | None = None
         try:
-            info = self._write(submission, turn)
+            info = self._write(submission, turn, watch)
         except BaseException as caught:
             forget_frames(caught)
             error = caught
+            with self._lock:  # what it could not remove then, the next save does
+                self._swept.discard(os.path.dirname(submission.handle.path))
         finally:
             submission.image.release()
         try:
             submission.settle(info, error)
             if submission.listing is not None and info is not None:
-                submission.listing.directory.delete_pending()
+                with watch.during("delete"):
+                    submission.listing.directory.delete_pending()
             elif submission.listing is not None:
                 submission.listing.directory.withdraw(submission.listing)
         finally:
             turn.leave()
             submission.finish()
 
-    def _write(self, submission: Submission, turn: Turn) -> CheckpointInfo:
+    def _write(self, submission: Submission, turn: Turn, watch: Watch) -> CheckpointInfo:
         handle, image = submission.handle, submission.image
         source = image.wait()
         handle.timings.queue_secs = time.perf_counter() - submission.time
-        self._sweep(os.path.dirname(handle.path))
+        with watch.during("the directory"):
+            if submission.listing is not None:
+                submission.listing.directory.check(submission.listing)
+            self._sweep(os.path.dirname(handle.path))
 
         def before_commit() -> None:
             turn.wait()
@@ -185,6 +208,7 @@ class SaveQueue:
             on_retry=lambda passing: self._emit("retried", handle.path, str(passing)),
             hurry=lambda: self._in_hurry,
             timings=handle.timings,
+            watch=watch,
             listing=submission.listing,
         )
         return write_checkpoint(job, self._writers)

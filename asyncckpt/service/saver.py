@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import threading
@@ -68,6 +69,7 @@ class SaverOptions(TypedDict, total=False):
     verify_after_save: bool
     max_consecutive_failures: int
     nice: int
+    stall_timeout_secs: float
     exit_timeout_secs: float
     exit_code: int | None
 
@@ -119,7 +121,10 @@ class AsyncCheckpointSaver:
             again, and raises again if that fails too).
         nice: how far below the trainer the writing threads' priority is (0 to 19, Linux only). The default lets
             training have the cores; 0 writes faster while they are busy.
-        exit_timeout_secs: how long the interpreter's exit may be held up for what is still in flight.
+        stall_timeout_secs: a storage operation that takes longer is reported, by a `stalled` event, a warning in the
+            log and `handle.timings.stalled_secs`. It can't be ended; training goes on.
+        exit_timeout_secs: how long the interpreter's exit, or that of a `with` block, may be held up for what is still
+            in flight.
         exit_code: the process's exit code if that fails while it would have been 0; None leaves it alone.
     """
 
@@ -139,6 +144,7 @@ class AsyncCheckpointSaver:
         verify_after_save: bool = False,
         max_consecutive_failures: int = 3,
         nice: int = 10,
+        stall_timeout_secs: float = 60.0,
         exit_timeout_secs: float = 600.0,
         exit_code: int | None = 74,
     ) -> None:
@@ -152,9 +158,12 @@ class AsyncCheckpointSaver:
         _check_at_least("nice", nice, 0)
         if memory_limit is not None:
             _check_at_least("memory_limit", memory_limit, 1)
+        if not 0 < stall_timeout_secs < math.inf:
+            raise ValueError(f"stall_timeout_secs must be a number of seconds above 0, not {stall_timeout_secs}")
         if exit_timeout_secs < 0:
             raise ValueError(f"exit_timeout_secs must be at least 0, not {exit_timeout_secs}")
         self.exit_code = exit_code
+        self.stall_timeout_secs = stall_timeout_secs
         self._memory_limit = memory_limit
         self._on_success, self._on_failure = on_success, on_failure
         self._callbacks = ThreadGroup("callback", 1)
@@ -173,7 +182,7 @@ class AsyncCheckpointSaver:
 
         self._admission = Admission(max_in_flight, when_full)
         self._writer = writer
-        self._setup = Setup(num_workers, nice, retries, verify_after_save)
+        self._setup = Setup(num_workers, nice, retries, verify_after_save, stall_timeout_secs)
         self._is_left = False  # to the writer process
         with contextlib.ExitStack() as started:  # there may be no memory for one more thread
             started.callback(self._callbacks.stop)
@@ -183,6 +192,7 @@ class AsyncCheckpointSaver:
                 nice=nice,
                 retries=retries,
                 verify_after_save=verify_after_save,
+                stall_timeout_secs=stall_timeout_secs,
                 emit=self.emit,
             )
             started.callback(lambda: self._queue.stop())  # whichever it is by then
@@ -344,8 +354,8 @@ class AsyncCheckpointSaver:
         """
         self._is_left = self._queue.survives_exit
 
-    def run_on_worker(self, action: Callable[[], T]) -> T:
-        """The manager's: run `action` where saves are written, and wait for it.
+    def run_on_worker(self, action: Callable[[], T], name: str, path: str) -> T:
+        """The manager's: run `action` where saves are written, and wait for it; `name` and `path` say what it is.
 
         Not on the calling thread, so that a signal handler that interrupts the wait may still save.
         """
@@ -365,23 +375,24 @@ class AsyncCheckpointSaver:
             if self._closed:
                 raise SaverClosedError("this saver is closed; make another one")
             self._in_flight[handle] = None
-            self._queue.run(run)
+            self._queue.run(run, name, path)
         return outcome.result()
 
-    def wait_idle(self) -> None:
-        """The manager's: wait until nothing is in flight, whatever became of it."""
+    def wait_idle(self, timeout: float | None = None) -> bool:
+        """The manager's: wait until nothing is in flight, whatever became of it; False on time-out."""
+        deadline = None if timeout is None else time.monotonic() + timeout
         with self._lock:
             handles = list(self._in_flight)
-        for handle in handles:
-            handle.wait_over()
+        return all(handle.wait_over(_remaining(deadline)) for handle in handles)
 
-    def call_when_idle(self, action: Callable[[], object]) -> None:
-        """The manager's: call `action` once nothing is in flight any more, at once if that is so."""
+    def call_when_idle(self, action: Callable[[], object]) -> bool:
+        """The manager's: call `action` once nothing is in flight any more, at once if that is so: then True."""
         with self._lock:
             if self._in_flight:
                 self._when_idle.append(action)
-                return
+                return False
         action()
+        return True
 
     def __enter__(self) -> AsyncCheckpointSaver:
         return self
@@ -390,10 +401,10 @@ class AsyncCheckpointSaver:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is None:
-            self.close()
+            self.close(self._exit_timeout_secs)
             return
         try:
-            self.close()
+            self.close(self._exit_timeout_secs)
         except Exception:
             # The body's own error is the one to raise; failed saves are in the log already.
             logger.exception("saves failed while another error was on its way")

@@ -17,6 +17,7 @@ from asyncckpt.image.checksum import ImageSource, Piece
 from asyncckpt.image.verify import verify_reader
 from asyncckpt.records import CheckpointInfo, Timings
 from asyncckpt.registry.directory import Listing
+from asyncckpt.service.watchdog import Watch
 from asyncckpt.storage.base import Storage, Upload
 from asyncckpt.threads import ThreadGroup
 
@@ -43,6 +44,7 @@ class Job:
     on_retry: Callable[[OSError], None]
     hurry: Callable[[], bool]
     timings: Timings
+    watch: Watch
     listing: Listing | None = None
     is_committed: bool = False
 
@@ -74,26 +76,31 @@ def _pause(secs: float, hurry: Callable[[], bool]) -> None:
 
 
 def _write_once(job: Job, writers: ThreadGroup) -> CheckpointInfo:
-    timings = job.timings
+    timings, watch = job.timings, job.watch
     started = time.perf_counter()
-    upload = job.storage.begin(job.path, job.source.num_bytes)
+    with watch.during("begin"):
+        upload = job.storage.begin(job.path, job.source.num_bytes)
     try:
         for window in job.source.windows(upload.piece_bytes):
-            _write_window(upload, window, writers)
+            _write_window(upload, window, writers, watch)
         timings.checksum_secs = job.source.checksum_secs
         written = time.perf_counter()
         timings.write_secs = written - started
-        upload.sync()
+        with watch.during("fsync"):
+            upload.sync()
         if job.verify_after_save:
-            _read_back(job.path, upload)
+            with watch.during("read back"):
+                _read_back(job.path, upload)
         synced = time.perf_counter()
         timings.sync_secs = synced - written
         job.before_commit()
-        info = _commit(job, upload)
+        with watch.during("commit"):
+            info = _commit(job, upload)
         timings.commit_secs = time.perf_counter() - synced
         writers.put(upload.close)
     except BaseException:
-        upload.abort()
+        with watch.during("abort"):
+            upload.abort()
         raise
     return info
 
@@ -115,7 +122,7 @@ def _commit_upload(job: Job, upload: Upload) -> None:
     job.is_committed = True
 
 
-def _write_window(upload: Upload, window: Iterator[Piece], writers: ThreadGroup) -> None:
+def _write_window(upload: Upload, window: Iterator[Piece], writers: ThreadGroup, watch: Watch) -> None:
     """Pull pieces and write them from several threads; the first error stops all and is raised."""
     pulling = threading.Lock()
     failed = threading.Event()
@@ -127,7 +134,8 @@ def _write_window(upload: Upload, window: Iterator[Piece], writers: ThreadGroup)
                     piece = next(window, None)
                 if piece is None:
                     return
-                upload.write(piece.offset, piece.view)
+                with watch.during("write"):
+                    upload.write(piece.offset, piece.view)
         except BaseException:
             failed.set()
             raise

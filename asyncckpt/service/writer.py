@@ -55,7 +55,7 @@ from asyncckpt.threads import logger, lower_priority
 
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # What the writer knows of a save's timings; the rest is the trainer's.
-TIMINGS = ("queue_secs", "checksum_secs", "write_secs", "sync_secs", "commit_secs")
+TIMINGS = ("queue_secs", "checksum_secs", "write_secs", "sync_secs", "commit_secs", "stalled_secs")
 
 _PR_SET_NAME = 15
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
@@ -226,6 +226,7 @@ class Writer:
                 nice=0,
                 retries=message.retries,
                 verify_after_save=message.verify_after_save,
+                stall_timeout_secs=message.stall_timeout_secs,
                 emit=self._emit,
             )
             self.send(Hello())
@@ -289,7 +290,7 @@ class Writer:
         if message.listing is not None:
             _, directory = self._directories[message.listing.directory]
             directory.note_all_damaged(message.listing.damaged)
-            listing = Listing(directory, message.listing.info, message.listing.run_id)
+            listing = Listing(directory, message.listing.info, message.listing.run_id, message.listing.is_certain)
         image = RemoteImage(message.save, self)
         handle = SaveHandle(os.fsdecode(message.path), lambda action: None)
         with self._changed:

@@ -9,6 +9,8 @@ import contextlib
 import errno
 import os
 import stat
+import sys
+import threading
 
 from asyncckpt.naming import LOCK_NAME
 from asyncckpt.storage import system_calls
@@ -16,6 +18,7 @@ from asyncckpt.storage.base import Lock
 from asyncckpt.storage.files import Descriptor, is_at, lock_if_supported, write_all
 
 _MAX_HOLDER_BYTES = 500
+_MAX_RELEASE_SECS = 1.0
 
 
 class LocalLock(Lock):
@@ -64,12 +67,18 @@ class LocalLock(Lock):
         self._is_received = False
 
     def is_intact(self) -> bool:
+        if self._file.fd == -1:
+            return False
         try:
-            return self._file.fd != -1 and is_at(self._file.fd, self._path)
+            system_calls.lstat(self._path)
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError:  # it can't be told now; the lock is held all the same
             return True
+        try:
+            return is_at(self._file.fd, self._path)
+        except OSError:  # the path answers, the open file does not: it is of a mount, or a server, that is gone
+            return False
 
     def release(self) -> None:
         if self._file.fd == -1:  # released before, or a forked child's
@@ -85,12 +94,15 @@ class LocalLock(Lock):
         self._file.close()
 
     def __del__(self) -> None:
-        if not hasattr(self, "_file"):
+        """Nobody knows which thread drops the last reference: it must not hang on a storage that does not answer."""
+        if not hasattr(self, "_file") or self._file.fd == -1 or sys.is_finalizing():  # the process's end releases it
             return
-        if self._is_shared:  # nobody said that it is over: whoever has it too may still be writing
-            self._file.close()
-        else:
-            self.release()
+        # One that is shared: nobody said that it is over, and whoever has it too may still be writing.
+        let_go = self._file.close if self._is_shared else self.release
+        releasing = threading.Thread(target=let_go, name="asyncckpt-release", daemon=True)
+        with contextlib.suppress(RuntimeError):  # no thread can be started any more: the end is near
+            releasing.start()
+            releasing.join(_MAX_RELEASE_SECS)
 
 
 def is_locked(directory: str) -> bool:

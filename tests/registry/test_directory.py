@@ -55,7 +55,8 @@ class Run:
         )
 
     def save(self, step: int, loss: float | None = None) -> CheckpointInfo:
-        self.directory.open_for_writing()
+        if not self.directory.look():
+            self.directory.open_for_writing()
         info = CheckpointInfo(
             Path(checkpoint_name(1, step, {"loss": loss})),
             epoch=1,

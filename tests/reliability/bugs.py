@@ -23,6 +23,7 @@ from asyncckpt.registry.retention import RetentionPolicy
 from asyncckpt.service import worker
 from asyncckpt.service.order import Turn
 from asyncckpt.service.queue import SaveQueue, Submission
+from asyncckpt.service.watchdog import Watch
 from asyncckpt.storage import directories, links, local, system_calls, temporary
 from asyncckpt.storage.files import Descriptor
 from asyncckpt.storage.local import LocalStorage, LocalUpload
@@ -151,9 +152,9 @@ def acknowledge(submission: Submission) -> None:
 def acknowledged_at_once() -> AbstractContextManager[object]:
     write = SaveQueue._write
 
-    def acknowledging(queue: SaveQueue, submission: Submission, turn: Turn) -> CheckpointInfo:
+    def acknowledging(queue: SaveQueue, submission: Submission, turn: Turn, watch: Watch) -> CheckpointInfo:
         acknowledge(submission)
-        return write(queue, submission, turn)
+        return write(queue, submission, turn, watch)
 
     return mock.patch.object(SaveQueue, "_write", acknowledging)
 
@@ -166,9 +167,9 @@ def acknowledged_by(owner: object, name: str, *, before: bool) -> Patch:
         write, function = SaveQueue._write, getattr(owner, name)
         current = threading.local()
 
-        def noting(queue: SaveQueue, submission: Submission, turn: Turn) -> CheckpointInfo:
+        def noting(queue: SaveQueue, submission: Submission, turn: Turn, watch: Watch) -> CheckpointInfo:
             current.submission = submission
-            return write(queue, submission, turn)
+            return write(queue, submission, turn, watch)
 
         def calling(*args: Any) -> Any:
             submission = getattr(current, "submission", None)

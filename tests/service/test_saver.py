@@ -631,6 +631,8 @@ def test_dead_temporaries_are_swept_at_the_first_save(tmp_path: Path) -> None:
         ({"max_consecutive_failures": 0}, ValueError),
         ({"nice": -5}, ValueError),
         ({"exit_timeout_secs": -1.0}, ValueError),
+        ({"stall_timeout_secs": 0.0}, ValueError),
+        ({"stall_timeout_secs": float("nan")}, ValueError),
         ({"snapshot": "fast"}, ValueError),
         ({"when_full": "drop"}, ValueError),
     ],
