@@ -122,7 +122,7 @@ def writer_disk(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Di
     descriptors, processes = os.listdir("/proc/self/fd"), children()
     yield Disk(directory / "control")
     wait_for(lambda: children() == processes)
-    wait_for(lambda: os.listdir("/proc/self/fd") == descriptors)
+    wait_for(lambda: set(os.listdir("/proc/self/fd")) == set(descriptors))
     wait_for(lambda: not list(logs.glob(f"{WRITER_LOG_PREFIX}*")))
 
 

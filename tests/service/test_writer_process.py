@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import random
@@ -30,6 +31,7 @@ from service.writer_conformance import Training, number_at, recorded_steps, stat
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="NOT CHECKED: a writer process needs Linux")
 
+CAP_SYS_RESOURCE = 24
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -107,7 +109,10 @@ def test_priorities(nice: int, place: Path) -> None:
         if os.uname().machine == "x86_64":
             assert io_priorities == {2 << 13 | 7} if nice else (2 << 13 | 7) not in io_priorities
         own, writers = (int(Path(f"/proc/{p}/oom_score_adj").read_text()) for p in ("self", pid))
-        assert writers == max(-1000, own - 500) if os.geteuid() == 0 else writers <= own
+        may_lower = (
+            int(Path("/proc/self/status").read_text().split("CapEff:")[1].split()[0], 16) >> CAP_SYS_RESOURCE & 1
+        )
+        assert writers == (max(-1000, own - 500) if may_lower else own)
         autogroup = Path(f"/proc/{pid}/autogroup")
         if autogroup.exists() and (figure := autogroup.read_text().split()):
             assert figure[-1] == str(nice)
@@ -145,47 +150,34 @@ HOSTILE_NAMES = ("queue", "logging", "msgspec", "socket", "threading", "json", "
 
 def test_the_trainers_own_modules_do_not_kill_it(tmp_path: Path) -> None:
     """Neither in the working directory nor beside the script, whatever the environment says."""
-    (tmp_path / "work").mkdir()
     (tmp_path / "tmp").mkdir()
     package = Path(asyncckpt.__file__).parent.parent
-    script = tmp_path / "train.py"
-    script.write_text(f"""
-import os, sys
-beside = sys.path[0]
-sys.path[:] = [{str(package)!r}, *(path for path in sys.path if path != beside)]
-import torch, asyncckpt
-sys.path[:0] = ["", beside]
-with asyncckpt.AsyncCheckpointSaver(writer="process") as saver:
-    handle = saver.save({{"number": 1, "weights": torch.ones(10)}}, "a.pt")
-    handle.result(60)
-    print(saver._queue.pid is not None, flush=True)
-""")
     for name in HOSTILE_NAMES:
-        for directory in (tmp_path, tmp_path / "work"):
-            (directory / f"{name}.py").write_text("raise SystemExit('of the user')")
-    (tmp_path / "startup.py").write_text("raise SystemExit('at start')")
-    # PYTHONHOME would keep the trainer itself from starting, so it is set inside.
-    code = script.read_text().replace("import torch", "os.environ.update(PYTHONHOME='/nowhere')\nimport torch")
-    script.write_text(code)
-    environment = {
-        **os.environ,
-        "PYTHONSTARTUP": str(tmp_path / "startup.py"),
-        "PYTHONPATH": f"{tmp_path}",
-        "PYTHONWARNINGS": "ignore",
-        "TMPDIR": str(tmp_path / "tmp"),
-    }
-    code = f"import sys; sys.path.remove({str(tmp_path)!r}); exec(open({str(script)!r}).read())"
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('of the user')")
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(package)!r})
+import torch, asyncckpt, {", ".join(HOSTILE_NAMES)}
+asyncckpt.AsyncCheckpointSaver().close()  # the trainer has all that it needs
+sys.path[:0] = ["", {str(tmp_path)!r}]
+for name in ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONUSERBASE"):
+    os.environ[name] = {str(tmp_path)!r}
+os.environ["PYTHONWARNINGS"] = "error"
+with asyncckpt.AsyncCheckpointSaver(writer="process") as saver:
+    saver.save({{"number": 1, "weights": torch.ones(10)}}, "a.pt").result(60)
+    print(saver._queue.pid is not None, flush=True)
+"""
     result = subprocess.run(
-        [sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-c", code],
-        cwd=tmp_path / "work",
-        env=environment,
+        [sys.executable, "-I", "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "True\n", "")
-    assert number_at(tmp_path / "work" / "a.pt") == 1
+    assert number_at(tmp_path / "a.pt") == 1
     assert list((tmp_path / "tmp").glob(f"{WRITER_LOG_PREFIX}*")) == []
 
 
@@ -211,8 +203,9 @@ def test_signals_from_its_very_first_moment(place: Path) -> None:
         while not over.is_set():
             for pid in set(children()) - before:
                 for number in IGNORED:
-                    os.kill(pid, number)
-                    num_sent += 1
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, number)
+                        num_sent += 1
 
     thread = threading.Thread(target=storm)
     thread.start()
@@ -290,9 +283,10 @@ def test_a_process_that_dies_at_its_start(
 # --- when it dies ---
 
 
+@pytest.mark.timeout(900)
 def test_killed_at_every_call(place: Path, disk: Disk) -> None:
     """Whatever it was about to do: the saves are done by the next one, once, and the trainer hardly notices."""
-    num_deaths = 0
+    num_deaths, every = 0, count(5, full=1)
     while True:
         directory = place / str(num_deaths)
         events: list[Event] = []
@@ -305,24 +299,27 @@ def test_killed_at_every_call(place: Path, disk: Disk) -> None:
             handles = [training.save(manager, 2.0), training.save(manager, 0.5)]
             assert [handle.result(60).global_step for handle in handles] == [2, 3], num_deaths
             manager.wait(60)
-            assert steps(manager) == [2, 3], num_deaths
-            assert training.load(manager) == 3, num_deaths
+            assert steps(manager) in ([2, 3], [1, 2, 3]), num_deaths  # what was taken in drops nothing yet
+            training.save(manager, 3.0).result(60)
+            manager.wait(60)
+            assert steps(manager) == [3, 4], num_deaths
+            assert training.load(manager) == 4, num_deaths
         died = [event.kind for event in events].count("writer_died")
         disk.mend()
-        assert recorded_steps(directory) == [2, 3]
+        assert recorded_steps(directory) == [3, 4]
         listed = [info.filepath.name for info in manager.list_checkpoints()]
         assert sorted(name for name in os.listdir(directory) if name != ".asyncckpt.lock") == sorted(
             ["best_model.pt", "registry.json", *listed]
         ), num_deaths
         if not died:
             break
-        num_deaths += 1
+        num_deaths += every
     assert num_deaths > 40
 
 
 def test_killed_at_every_call_of_a_plain_save(place: Path, disk: Disk) -> None:
     """Without a directory to look into: the file is written again."""
-    num_deaths = 0
+    num_deaths, every = 0, count(3, full=1)
     while True:
         events: list[Event] = []
         disk.kill_at(num_deaths)
@@ -334,7 +331,7 @@ def test_killed_at_every_call_of_a_plain_save(place: Path, disk: Disk) -> None:
         assert os.listdir(place) == ["a.pt"]
         if not [event for event in events if event.kind == "writer_died"]:
             break
-        num_deaths += 1
+        num_deaths += every
     assert num_deaths > 20
 
 
