@@ -309,7 +309,6 @@ def test_a_restarted_trainer_waits_for_the_dead_ones_writer(
         wait_for(lambda: "waiting for what still writes to" in caplog.text)
         thread.join(0.3)
         assert thread.is_alive()
-        lock = Path(directory, ".asyncckpt.lock")
         await_text(Path(directory, ".asyncckpt.lock"), f"finishing: writer process {death.writer} on ")
         disk.let_go()
         thread.join(60)
