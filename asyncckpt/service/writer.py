@@ -335,11 +335,11 @@ class Writer:
             self.send(Settled(save, info, plain, timings, _state_of(listing)))
 
     def _finish(self, save: int, listing: Listing | None) -> None:
-        with self._telling:
-            self.send(Finished(save, _state_of(listing)))
-        with self._changed:
+        with self._changed:  # first: the trainer may hang up as soon as it has heard of it
             self._unfinished.discard(save)
             self._changed.notify_all()
+        with self._telling:
+            self.send(Finished(save, _state_of(listing)))
 
     def _emit(self, kind: EventKind, path: str, detail: str) -> None:
         self.send(Happened(kind, os.fsencode(path), plain_text(detail)))
