@@ -21,7 +21,7 @@ from asyncckpt.events import EventKind
 from asyncckpt.image.arena import Arena
 from asyncckpt.image.checksum import ImageSource, StagedImage
 from asyncckpt.image.layout import plan_layout
-from asyncckpt.naming import WRITER_LOG_PREFIX, WRITER_NAME
+from asyncckpt.naming import WRITER_LOG_PREFIX
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.directory import CheckpointDirectory, Listing, WriterState
 from asyncckpt.registry.retention import from_plain
