@@ -388,6 +388,24 @@ def test_three_deaths_on_one_image(place: Path, disk: Disk) -> None:
     assert [event.kind for event in events].count("writer_died") == 3
 
 
+def test_what_the_dead_one_had_committed_is_found(place: Path, disk: Disk) -> None:
+    """And not written again: the registry was durable, only the best link was not."""
+    events: list[Event] = []
+    training = Training()
+    with CheckpointManager(place, 5, writer="process", save_rng=False, on_event=events.append) as manager:
+        training.save(manager, 2.0).result(60)
+        disk.kill_always("rename", "best_model.pt.tmp")
+        assert training.save(manager, 1.0).result(60).sequence == 2
+        disk.mend()
+        training.save(manager, 3.0).result(60)
+        assert steps(manager) == recorded_steps(place) == [1, 2, 3]
+    assert [event.kind for event in events].count("writer_died") == 1
+    commits = [path for _, name, path in disk.calls if name == "rename" and "step00000002" in path]
+    assert len(commits) == 1
+    best = torch.load(place / "best_model.pt", weights_only=True)
+    assert best["global_step"] == 2
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_forked_child_delays_no_news(place: Path) -> None:
     """One that runs no Python hooks keeps the connection open; both ends hear of each other's death all the same."""
