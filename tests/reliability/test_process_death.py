@@ -325,7 +325,7 @@ def test_a_restarted_trainer_does_not_wait_for_ever(
     tmp_path: Path, start: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For a disk that never answers: loading goes on with what there is, saving says who is in the way."""
-    monkeypatch.setattr("asyncckpt.registry.directory._MAX_FINISHING_SECS", 1.0)
+    monkeypatch.setattr("asyncckpt.registry.turns.MAX_FINISHING_SECS", 1.0)
     disk = Disk(tmp_path / "control")
     directory = str(tmp_path / "directory")
     disk.hold(suffix="step00000002.pt.tmp")
