@@ -43,10 +43,10 @@ pytestmark = [
 class Server:
     """The fork server's other end."""
 
-    def __init__(self) -> None:
+    def __init__(self, logs: Path) -> None:
         self.process = subprocess.Popen(
             [sys.executable, str(TESTS / "reliability" / "dying_server.py")],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "TMPDIR": str(logs)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -121,8 +121,8 @@ class Death:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server()
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("logs"))
     yield server
     server.close()
 
@@ -396,7 +396,10 @@ def test_a_pid_namespace_that_ends_with_the_trainer(tmp_path: Path) -> None:
         order = Order(str(tmp_path / str(index)), 1, None)
         code = TRAINER.format(path=[str(TESTS), *sys.path])
         process = subprocess.Popen(
-            [*unshare, sys.executable, "-c", code, json.dumps(asdict(order))], stdout=subprocess.PIPE, text=True
+            [*unshare, sys.executable, "-c", code, json.dumps(asdict(order))],
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert process.stdout is not None
         staged = 0
