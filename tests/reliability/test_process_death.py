@@ -217,7 +217,7 @@ def signal_everybody(number: signal.Signals) -> Any:
 
 VARIANTS: list[tuple[Any, bool, int]] = list(itertools.product(["copy", "overlap"], [True, False], [0, 1]))
 CIRCUMSTANCES = [
-    ("none", kill_trainer, count(16, full=200)),
+    ("none", kill_trainer, count(8, full=200)),
     ("native", kill_trainer, count(4, full=200)),
     ("loader", kill_trainer, count(2, full=50)),
     ("none", kill_group, count(4, full=200)),
@@ -261,7 +261,7 @@ def test_what_was_staged_is_committed(children: Any, kill: Any, num_deaths: int,
 
 def test_killed_at_a_random_moment(tmp_path: Path, start: Any) -> None:
     """In a stream of saves: all that were staged are there, and of the one in the middle all or nothing."""
-    num_deaths = count(5, full=200)
+    num_deaths = count(3, full=200)
     chance = random.Random(SEED)
     num_staged = num_between = 0
     for index in range(num_deaths):
