@@ -1,7 +1,7 @@
 """Whose turn it is to write a directory: taking its lock, and waiting for who has it. No torch.
 
-The lock's file says who holds it. A writer process that only finishes the checkpoints of a trainer that has ended says so
-(`FINISHING`), and is worth a longer wait.
+The lock's file says who holds it. A writer process that only finishes the checkpoints of a trainer that has ended says
+so (`FINISHING`), and is worth a longer wait.
 """
 
 from __future__ import annotations
