@@ -533,13 +533,7 @@ class CheckpointManager:
 
     def verify(self) -> list[VerifyReport]:
         """Read every byte of every checkpoint and check it. Blocks; changes nothing. A missing file is a problem."""
-        reports = []
-        for info in self.list_checkpoints():
-            try:
-                reports.append(verify_listed(info.filepath))
-            except OSError as error:
-                reports.append(VerifyReport(str(info.filepath), 0, 0, (str(error),), None))
-        return reports
+        return [verify_listed(info.filepath) for info in self.list_checkpoints()]
 
     def prune(self, retention: RetentionPolicy | None = None, *, dry_run: bool = False) -> list[CheckpointInfo]:
         """Apply the retention policy (or another one) now; the checkpoints that were deleted.

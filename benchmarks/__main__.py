@@ -19,7 +19,7 @@ from benchmarks.memory import measure_memory
 from benchmarks.plot import plot
 from benchmarks.report import PLOT_NAME, markdown
 from benchmarks.saving import measure_saving
-from benchmarks.startup import measure_imports, measure_planning
+from benchmarks.startup import measure_imports, measure_planning, measure_writer
 from benchmarks.targets import Results, Row, judge
 from benchmarks.training import COMPARED, COMPARED_WITH_BUSY_PYTHON, BusyPython, Trainer, measure_slowdown
 from benchmarks.workload import WrongBytesError
@@ -59,6 +59,7 @@ def measure(options: argparse.Namespace, scratch: Path, tell: Callable[[str], No
         machine=describe(scratch),
         imports=measure_imports(1 if quick else 5, tell),
         planning=measure_planning((100, 1000) if quick else (100, 10_000, 100_000), num_repeats, tell),
+        writer=measure_writer(1 if quick else 5, scratch, tell),
         memory=measure_memory(num_bytes, scratch, tell),
         saving=measure_saving(num_bytes, options.rounds, scratch, tell),
         slowdown=measure_slowdown(Trainer(), COMPARED, num_bytes, num_repeats, undisturbed_secs, scratch, tell),

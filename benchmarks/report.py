@@ -150,6 +150,9 @@ def _startup(results: Results) -> Iterator[str]:
         f"`import asyncckpt`: {ms(imports.alone.median)} alone; {ms(imports.over_torch.median)} over `import torch` "
         f"({ms(imports.torch.median)}) with every public name used.\n"
     )
+    if (writer := results.writer) is not None:
+        own = f"{writer.own_bytes.median / 1e6:.0f} MB"
+        yield f"A writer process is ready after {ms(writer.ready.median)}, and has {own} of its own.\n"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

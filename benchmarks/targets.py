@@ -9,7 +9,7 @@ from benchmarks.loading import LoadResults
 from benchmarks.memory import MemoryUse
 from benchmarks.samples import Samples
 from benchmarks.saving import SavingResults
-from benchmarks.startup import ImportResults, PlanResults
+from benchmarks.startup import ImportResults, PlanResults, WriterResults
 from benchmarks.training import SlowdownResults
 
 PEERS = ("torch", "reference", "dcp", "dcp-kept")
@@ -22,6 +22,7 @@ class Results:
     machine: dict[str, str]
     imports: ImportResults
     planning: list[PlanResults]
+    writer: WriterResults | None
     memory: dict[str, MemoryUse]
     saving: SavingResults
     slowdown: dict[str, SlowdownResults]
@@ -49,6 +50,7 @@ def judge(results: Results) -> list[Row]:
         *_loading(results.loading),
         *_planning(results.planning),
         *_imports(results.imports),
+        *_writer(results.writer),
     ]
     return [row if row.met is not True else Row(row.what, row.target, row.measured, True) for row in rows]
 
@@ -208,6 +210,20 @@ def _imports(imports: ImportResults) -> Iterator[Row]:
         ("no" if imports.imports_torch else "yes") + f" ({ms(imports.alone.median)})",
         not imports.imports_torch,
         "torch is in sys.modules afterwards",
+    )
+
+
+def _writer(writer: WriterResults | None) -> Iterator[Row]:
+    if writer is None:
+        return
+    ready, own_bytes = writer.ready.median, writer.own_bytes.median
+    yield Row("a writer process is ready (on an idle machine)", "≤ 500 ms", ms(ready), ready <= 0.5, "a busy machine")
+    yield Row(
+        "its own memory, without the image",
+        "≤ 60 MB",
+        f"{own_bytes / 1e6:.0f} MB",
+        own_bytes <= 60e6,
+        "the interpreter and what it imported",
     )
 
 

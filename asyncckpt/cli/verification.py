@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -75,11 +76,13 @@ def _verify_directory(directory: str) -> list[VerifiedFile]:
     storage = LocalStorage()
     recorded, damage = read_registry(storage, directory)
     names = {name for name in storage.list_names(directory) if is_checkpoint_name(name) or name == BEST_NAME}
+    names = {name for name in names if not _is_link(os.path.join(directory, name))}  # somebody's: they lead anywhere
     names |= {str(info.filepath) for info in recorded.checkpoints} if recorded else set()
     if not names and not damage:
         raise CheckpointNotFoundError(f"there are no checkpoint files in {directory}")
     paths = _without_second_names([os.path.join(directory, name) for name in sorted(names)])
     files: list[VerifiedFile] = []
+    missing: list[str] = []
     if damage:
         problem = f"{damage}; `asyncckpt repair` rebuilds it"
         files.append(VerifiedFile(os.path.join(directory, REGISTRY_NAME), False, 0, 0, (problem,)))
@@ -88,17 +91,22 @@ def _verify_directory(directory: str) -> list[VerifiedFile]:
             try:
                 files.append(_to_file(_verify(path, advance, follow_links=False)))
             except CheckpointNotFoundError:
-                if _is_recorded(directory, os.path.basename(path)):
-                    files.append(VerifiedFile(path, False, 0, 0, ("the registry lists it, but the file is gone",)))
+                missing.append(path)
             except OSError as error:
                 files.append(VerifiedFile(path, False, 0, 0, (f"it can't be read: {error.strerror or error}",)))
+    if missing:  # asked again, since training may have deleted them, as it should, while others were verified
+        recorded, _ = read_registry(storage, directory)
+        names = {str(info.filepath) for info in recorded.checkpoints} if recorded else set()
+        gone = "the registry lists it, but the file is gone"
+        files += [VerifiedFile(path, False, 0, 0, (gone,)) for path in missing if os.path.basename(path) in names]
     return files
 
 
-def _is_recorded(directory: str, name: str) -> bool:
-    """Asked again, since training may have deleted the file, as it should, while others were verified."""
-    recorded, _ = read_registry(LocalStorage(), directory)
-    return recorded is not None and any(str(info.filepath) == name for info in recorded.checkpoints)
+def _is_link(path: str) -> bool:
+    try:
+        return stat.S_ISLNK(system_calls.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _without_second_names(paths: Sequence[str]) -> list[str]:
@@ -106,7 +114,7 @@ def _without_second_names(paths: Sequence[str]) -> list[str]:
     kept: dict[object, str] = {}
     for path in sorted(paths, key=lambda path: os.path.basename(path) == BEST_NAME):
         try:
-            status = system_calls.stat(path)
+            status = system_calls.lstat(path)
             kept.setdefault((status.st_dev, status.st_ino), path)
         except OSError:
             kept[path] = path

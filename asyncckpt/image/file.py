@@ -22,8 +22,11 @@ def verify(path: str | os.PathLike[str]) -> VerifyReport:
 
 
 def verify_listed(path: str | os.PathLike[str]) -> VerifyReport:
-    """As `verify`, of a file whose name a registry gave: a symbolic link is an OSError, since it may lead anywhere."""
-    return _verify(local_path(path), follow_links=False)
+    """As `verify`, of a file that a registry named: what is no file, or can't be read, is a problem too."""
+    try:
+        return _verify(local_path(path), follow_links=False)
+    except (OSError, CorruptCheckpointError) as error:
+        return VerifyReport(str(path), 0, 0, (str(error),), None)
 
 
 def _verify(name: str, *, follow_links: bool) -> VerifyReport:
@@ -44,7 +47,10 @@ def local_path(path: str | os.PathLike[str]) -> str:
 
 
 def open_checkpoint(path: str, *, follow_links: bool = True) -> LocalReader:
-    """Open for reading. Raises `CheckpointNotFoundError`, and `CorruptCheckpointError` for a directory or a device."""
+    """Open for reading. Raises `CheckpointNotFoundError`, and `CorruptCheckpointError` for what is no file.
+
+    With `follow_links=False` that is a symbolic link too: the name came from a file, not from the user.
+    """
     try:
         return LocalStorage().open(path, follow_links=follow_links)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -52,4 +58,6 @@ def open_checkpoint(path: str, *, follow_links: bool = True) -> LocalReader:
     except OSError as error:
         if error.errno in (errno.EISDIR, errno.ENXIO):
             raise CorruptCheckpointError(f"{path} is a directory or a device, not a checkpoint file") from error
+        if error.errno == errno.ELOOP:
+            raise CorruptCheckpointError(f"{path} is a symbolic link, which may lead anywhere: not followed") from error
         raise

@@ -16,6 +16,7 @@ import socket
 import weakref
 
 _MAX_PACKET_BYTES = 4 << 10  # so that a hundred fit into the socket before anybody receives
+_BUFFER_BYTES = 1 << 20  # as far as the system lets us
 _MAX_DESCRIPTORS = 2
 _INLINE, _IN_MEMFD = b"\0", b"\1"
 _GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
@@ -26,12 +27,13 @@ class Connection:
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
         _connections.add(self)
 
     def send(self, body: bytes, fds: tuple[int, ...] = ()) -> bool:
         """Send a message with copies of the descriptors; False if nobody is there any more.
 
-        Blocks only while the other end does not receive and a hundred messages lie before it.
+        Blocks only while the other end does not receive and some hundred messages lie before it.
         """
         if len(body) <= _MAX_PACKET_BYTES:
             return self._send_packet(_INLINE + body, fds)

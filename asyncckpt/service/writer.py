@@ -21,7 +21,7 @@ from asyncckpt.events import EventKind
 from asyncckpt.image.arena import Arena
 from asyncckpt.image.checksum import ImageSource, StagedImage
 from asyncckpt.image.layout import plan_layout
-from asyncckpt.naming import WRITER_LOG_PREFIX, WRITER_NAME
+from asyncckpt.naming import WRITER_LOG_PREFIX
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.directory import CheckpointDirectory, Listing, WriterState
 from asyncckpt.registry.retention import from_plain
@@ -57,7 +57,6 @@ IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1,
 # What the writer knows of a save's timings; the rest is the trainer's.
 TIMINGS = ("queue_secs", "checksum_secs", "write_secs", "sync_secs", "commit_secs", "stalled_secs")
 
-_PR_SET_NAME = 15
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 _BEST_EFFORT_LOWEST = 2 << 13 | 7
 _OOM_SCORE_STEP = 500
@@ -78,17 +77,15 @@ def main(connection_fd: int, trainer_fd: int) -> None:
 def step_back(nice: int) -> None:
     """Let training have the cores and the disk first, and the out-of-memory killer take the trainer first."""
     lower_priority(nice)  # before there are threads, which inherit it
-    libc = ctypes.CDLL(None, use_errno=True)
     if nice:
         # Our own session has a scheduling group of its own, which shares the cores as equals unless it steps back too.
         _write_figure("/proc/self/autogroup", nice)
         if number := _IOPRIO_SET.get(os.uname().machine):
-            libc.syscall(number, 1, 0, _BEST_EFFORT_LOWEST)
+            ctypes.CDLL(None).syscall(number, 1, 0, _BEST_EFFORT_LOWEST)
     with contextlib.suppress(OSError, ValueError):
         with open("/proc/self/oom_score_adj") as file:
             score = int(file.read())
         _write_figure("/proc/self/oom_score_adj", max(-1000, score - _OOM_SCORE_STEP))
-    libc.prctl(_PR_SET_NAME, WRITER_NAME.encode(), 0, 0, 0)
 
 
 def _write_figure(path: str, figure: int) -> None:
@@ -335,11 +332,11 @@ class Writer:
             self.send(Settled(save, info, plain, timings, _state_of(listing)))
 
     def _finish(self, save: int, listing: Listing | None) -> None:
-        with self._telling:
-            self.send(Finished(save, _state_of(listing)))
-        with self._changed:
+        with self._changed:  # first: the trainer may hang up as soon as it has heard of it
             self._unfinished.discard(save)
             self._changed.notify_all()
+        with self._telling:
+            self.send(Finished(save, _state_of(listing)))
 
     def _emit(self, kind: EventKind, path: str, detail: str) -> None:
         self.send(Happened(kind, os.fsencode(path), plain_text(detail)))

@@ -15,9 +15,10 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from asyncckpt.naming import WRITER_LOG_PREFIX
+from asyncckpt.naming import WRITER_LOG_PREFIX, WRITER_NAME
 from asyncckpt.service.connection import Connection
 
+_NAME = "/proc/self/comm"
 _IMPORTS = ("asyncckpt", "msgspec", "isal")
 _MAX_LOG_BYTES = 2000
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -37,7 +38,9 @@ def command(connection_fd: int, trainer_fd: int) -> list[str]:
     """Isolated from the environment and the working directory, where a `queue.py` of the user's may lie; the
     directories of the few packages that it needs come last, behind the standard library."""
     code = (
-        f"import sys; sys.path += {_import_path()!r}; "
+        # Its name first: `asyncckpt run` knows by it for whom it has to wait.
+        f"import os, sys; os.path.exists({_NAME!r}) and open({_NAME!r}, 'w').write({WRITER_NAME!r}); "
+        f"sys.path += {_import_path()!r}; "
         f"from asyncckpt.service.writer import main; main({connection_fd}, {trainer_fd})"
     )
     # The same encoding of file names, which may have come from the environment.

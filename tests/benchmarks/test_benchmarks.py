@@ -39,7 +39,7 @@ def test_a_quick_run_writes_the_tables_and_the_plot(tmp_path: Path) -> None:
         *("Loading", "Planning and importing"),
     ):
         assert f"## {section}\n" in page
-    assert len(re.findall(r"\| (?:met|\*\*not met\*\*|does not apply) \|", page)) == 18
+    assert len(re.findall(r"\| (?:met|\*\*not met\*\*|does not apply) \|", page)) == 20
     assert str(tmp_path) not in page
     assert 0 < (tmp_path / "out" / "results.png").stat().st_size < 150_000
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]

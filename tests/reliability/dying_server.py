@@ -14,7 +14,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from service.disk import writer_command
@@ -102,7 +102,8 @@ def fork_children(kind: str) -> list[object]:
             libc.pause()
         say(f"child {pid}")
     if kind == "loader":
-        loader = DataLoader(list(range(1000)), num_workers=2, persistent_workers=True)  # type: ignore[arg-type]
+        numbers: Any = list(range(1000))
+        loader: DataLoader[int] = DataLoader(numbers, num_workers=2, persistent_workers=True)
         batches = iter(loader)
         next(batches)
         for worker in batches._workers:  # type: ignore[attr-defined]
@@ -116,7 +117,7 @@ def run_trainer(order: Order) -> None:
     if order.cgroup is not None:
         Path(order.cgroup, "cgroup.procs").write_text(str(os.getpid()))
     if order.control is not None:
-        writer_process.command = writer_command(Path(order.control))
+        writer_process.command = writer_command(Path(order.control))  # type: ignore[assignment]
     say(f"start {os.getpid()}")
     trainer = Trainer(order)
     kept = fork_children(order.children)

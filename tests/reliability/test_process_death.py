@@ -191,6 +191,10 @@ class Restarted:
         return [info.global_step for info in self.manager.list_checkpoints()]
 
 
+def await_text(path: Path, text: str) -> None:
+    wait_for(lambda: text in path.read_text())
+
+
 def kill_trainer(death: Death) -> None:
     os.kill(death.pid, signal.SIGKILL)
 
@@ -211,7 +215,7 @@ def signal_everybody(number: signal.Signals) -> Any:
     return kill
 
 
-VARIANTS = list(itertools.product(["copy", "overlap"], [True, False], [0, 1]))
+VARIANTS: list[tuple[Any, bool, int]] = list(itertools.product(["copy", "overlap"], [True, False], [0, 1]))
 CIRCUMSTANCES = [
     ("none", kill_trainer, count(16, full=200)),
     ("native", kill_trainer, count(4, full=200)),
@@ -305,9 +309,7 @@ def test_a_restarted_trainer_waits_for_the_dead_ones_writer(
         wait_for(lambda: "waiting for what still writes to" in caplog.text)
         thread.join(0.3)
         assert thread.is_alive()
-        lock = Path(directory, ".asyncckpt.lock")
-        expected = f"finishing: writer process {death.writer} on "
-        wait_for(lambda lock=lock, expected=expected: expected in lock.read_text())
+        await_text(Path(directory, ".asyncckpt.lock"), f"finishing: writer process {death.writer} on ")
         disk.let_go()
         thread.join(60)
         assert outcome == [2 if first_act == "load" else [1, 2, 3]]
@@ -331,7 +333,7 @@ def test_a_restarted_trainer_does_not_wait_for_ever(
     death.await_staged(2)
     kill_trainer(death)
     death.await_end()
-    wait_for(lambda: "finishing" in Path(directory, ".asyncckpt.lock").read_text())
+    await_text(Path(directory, ".asyncckpt.lock"), "finishing")
     restarted = Restarted(directory, lock_timeout_secs=0)
     assert restarted.load() == 1
     with pytest.raises(asyncckpt.StorageBusyError, match=f"finishing: writer process {death.writer} on "):

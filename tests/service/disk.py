@@ -11,17 +11,23 @@ import mmap
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from storage.seam import Call, Seam
 
+from asyncckpt.naming import WRITER_LOG_PREFIX
 from asyncckpt.service import worker, writer_process
 from asyncckpt.storage import system_calls
+
+if TYPE_CHECKING:  # a writer process has neither the time nor the need for it
+    import pytest
 
 TESTS = Path(__file__).parent.parent
 _POLL_SECS = 0.002
@@ -95,6 +101,29 @@ def wait_for(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"{condition} never came true"
         time.sleep(_POLL_SECS)
+
+
+def children() -> list[int]:
+    """The processes that this one has started, zombies too."""
+    found: list[int] = []
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(FileNotFoundError):
+            found += map(int, Path(f"/proc/self/task/{task}/children").read_text().split())
+    return found
+
+
+@contextmanager
+def writer_disk(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    """A disk under every writer process that is started; in the end none is left, nor anything that it needed."""
+    logs = directory / "tmp"
+    logs.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(logs))
+    monkeypatch.setattr(writer_process, "command", writer_command(directory / "control"))
+    descriptors, processes = os.listdir("/proc/self/fd"), children()
+    yield Disk(directory / "control")
+    wait_for(lambda: children() == processes)
+    wait_for(lambda: set(os.listdir("/proc/self/fd")) == set(descriptors))
+    wait_for(lambda: not list(logs.glob(f"{WRITER_LOG_PREFIX}*")))
 
 
 # --- the disk's side ---
