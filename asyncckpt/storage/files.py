@@ -8,7 +8,9 @@ import functools
 import logging
 import os
 import weakref
+from dataclasses import dataclass
 
+from asyncckpt.naming import is_temporary_name
 from asyncckpt.storage import system_calls
 from asyncckpt.threads import log_quietly
 
@@ -23,23 +25,34 @@ class Descriptor:
     """
 
     def __init__(self, path: str, flags: int) -> None:
-        self.fd = system_calls.open_file(path, flags)
-        _descriptors.add(self)
+        self._name = os.path.basename(path)
+        passing = _Passing(self._name, None)
+        _in_passing.append(passing)
+        try:
+            self.fd = system_calls.open_file(path, flags)
+            _descriptors.add(self)
+        finally:
+            _in_passing.remove(passing)
 
     @classmethod
     def received(cls, fd: int) -> Descriptor:
         """A descriptor that another process sent us."""
         descriptor = cls.__new__(cls)
-        descriptor.fd = fd
+        descriptor.fd, descriptor._name = fd, ""
         _descriptors.add(descriptor)
         return descriptor
 
     def close(self) -> None:
         """Never raises OSError: what matters was synced before, and a late word about the rest changes nothing."""
-        fd, self.fd = self.fd, -1
-        if fd != -1:
-            with contextlib.suppress(OSError):
-                system_calls.close(fd)
+        passing = _Passing(self._name, self.fd)
+        _in_passing.append(passing)
+        try:
+            fd, self.fd = self.fd, -1
+            if fd != -1:
+                with contextlib.suppress(OSError):
+                    system_calls.close(fd)
+        finally:
+            _in_passing.remove(passing)
 
     def __enter__(self) -> Descriptor:
         return self
@@ -92,12 +105,40 @@ def _say_that_there_are_no_locks() -> None:
     )
 
 
+@dataclass(eq=False)
+class _Passing:
+    """A file that is being opened, with a descriptor that nobody knows yet, or whose descriptor is being closed."""
+
+    name: str
+    fd: int | None
+
+    def is_at(self, fd: int) -> bool:
+        """Whether the descriptor is this file's: numbers are used again, so its name must tell."""
+        try:
+            name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}").removesuffix(" (deleted)"))
+        except OSError:
+            return False
+        # A temporary file, whose name has its later name in it, may have been renamed since it was opened.
+        return name == self.name or (self.fd == fd and is_temporary_name(self.name) and name in self.name)
+
+
 _descriptors: weakref.WeakSet[Descriptor] = weakref.WeakSet()
+_in_passing: list[_Passing] = []
 
 
 def _close_in_child() -> None:
+    """Also what another thread was opening or closing at the moment of the fork."""
+    passing = list(_in_passing)
+    _in_passing.clear()
     for descriptor in list(_descriptors):
         descriptor.close()
+    if not passing:
+        return
+    with contextlib.suppress(OSError):  # no /proc
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            if any(other.is_at(fd) for other in passing if other.fd in (None, fd)):
+                with contextlib.suppress(OSError):
+                    system_calls.close(fd)
 
 
 os.register_at_fork(after_in_child=_close_in_child)
