@@ -34,6 +34,17 @@ class Holdings(Dataset[tuple[int, str]]):
         return os.getpid(), "; ".join(held())
 
 
+_of_other_tests: set[str] = set()
+
+
+@pytest.fixture(autouse=True)
+def others_before() -> Iterator[None]:
+    """Checkpoints that earlier tests have mapped, and nobody has collected yet, are not what these are about."""
+    _of_other_tests.update(what for what in held() if "memfd" not in what)
+    yield
+    _of_other_tests.clear()
+
+
 def held() -> Iterator[str]:
     """Arenas, the directory's lock, checkpoints and their temporary files: open or mapped in this process."""
     for name in os.listdir("/proc/self/fd"):
@@ -41,10 +52,10 @@ def held() -> Iterator[str]:
             target = os.readlink(f"/proc/self/fd/{name}")
         except FileNotFoundError:  # the descriptor that lists them
             continue
-        if is_of_checkpoints(target):
+        if is_of_checkpoints(target) and target not in _of_other_tests:
             yield target
     for line in Path("/proc/self/maps").read_text().splitlines():
-        if is_of_checkpoints(line):
+        if is_of_checkpoints(line) and line not in _of_other_tests:
             yield line
 
 
