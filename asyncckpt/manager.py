@@ -431,7 +431,8 @@ class CheckpointManager:
         """Restore the newest valid checkpoint; its epoch and all it holds. `(0, {})` if there is none.
 
         Blocks until every byte has been checked and the state is in place. A damaged or missing checkpoint is passed
-        over for the next older one, with a warning in the log and an event. The returned tensors are mapped from the
+        over for the next older one, with a warning in the log and an event; so is one that is damaged while it is
+        loaded, since all that is restored is read and checked once more. The returned tensors are mapped from the
         file: drop them once they are not needed, since a deleted file keeps its space as long as they live.
 
         Args:
