@@ -42,7 +42,7 @@ LAYERS = [
     "service.watchdog",
     "service.handle service.admission service.order service.memory service.exit",
     "registry.directory",
-    "registry.recovery",
+    "registry.recovery registry.turns",
     "registry.registry",
     "image.snapshot",
     "image.fence",
@@ -69,6 +69,7 @@ LAYERS = [
 TORCH_FREE = {
     *("errors", "events", "init", "naming", "records", "threads", "version", "policies", "interval", "overhead"),
     *("registry.registry", "registry.retention", "registry.recovery", "registry.directory"),
+    "registry.turns",
     *("image.layout", "image.arena", "image.checksum", "image.verify", "image.file", "image.payloads"),
     "image.checked_file",
     *("storage.base", "storage.local", "storage.system_calls"),

@@ -82,7 +82,7 @@ def _verify_directory(directory: str) -> list[VerifiedFile]:
         raise CheckpointNotFoundError(f"there are no checkpoint files in {directory}")
     paths = _without_second_names([os.path.join(directory, name) for name in sorted(names)])
     files: list[VerifiedFile] = []
-    missing: list[str] = []
+    missing: set[str] = set()
     if damage:
         problem = f"{damage}; `asyncckpt repair` rebuilds it"
         files.append(VerifiedFile(os.path.join(directory, REGISTRY_NAME), False, 0, 0, (problem,)))
@@ -91,14 +91,14 @@ def _verify_directory(directory: str) -> list[VerifiedFile]:
             try:
                 files.append(_to_file(_verify(path, advance, follow_links=False)))
             except CheckpointNotFoundError:
-                missing.append(path)
+                missing.add(path)
+                files.append(VerifiedFile(path, False, 0, 0, ("the registry lists it, but the file is gone",)))
             except OSError as error:
                 files.append(VerifiedFile(path, False, 0, 0, (f"it can't be read: {error.strerror or error}",)))
     if missing:  # asked again, since training may have deleted them, as it should, while others were verified
         recorded, _ = read_registry(storage, directory)
         names = {str(info.filepath) for info in recorded.checkpoints} if recorded else set()
-        gone = "the registry lists it, but the file is gone"
-        files += [VerifiedFile(path, False, 0, 0, (gone,)) for path in missing if os.path.basename(path) in names]
+        files = [file for file in files if file.path not in missing or os.path.basename(file.path) in names]
     return files
 
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
-TIMEOUT_SECS = 30.0
+from asyncckpt.service.writer_process import import_path
 
-_SET_PATH = "import os, sys; sys.path[:] = sys.argv.pop(1).split(os.pathsep); "
+TIMEOUT_SECS = 30.0
 
 
 def run_python(code: str, *arguments: str) -> str:
     """What `code` prints. Blocks. Raises OSError when there is no Python to run it, or it fails."""
     if not sys.executable:
         raise OSError("this program does not know its Python interpreter")
-    working_directory = os.getcwd()
-    path = os.pathsep.join(entry for entry in sys.path if entry not in ("", working_directory))
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _SET_PATH + code, path, *arguments],
+            [sys.executable, "-I", "-S", "-c", f"import os, sys; sys.path += {import_path()!r}; {code}", *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -12,13 +12,9 @@ import itertools
 import logging
 import os
 import secrets
-import select
-import socket
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 
 from asyncckpt.errors import (
@@ -27,13 +23,13 @@ from asyncckpt.errors import (
     CorruptCheckpointError,
     RegistryError,
     SaverClosedError,
-    StorageBusyError,
     remedy,
 )
 from asyncckpt.events import EventKind
 from asyncckpt.image.verify import default_num_threads, verify_reader
-from asyncckpt.naming import BEST_NAME, LOCK_NAME, REGISTRY_NAME, numbered_name
+from asyncckpt.naming import BEST_NAME, REGISTRY_NAME, numbered_name
 from asyncckpt.records import CheckpointInfo
+from asyncckpt.registry import turns
 from asyncckpt.registry.recovery import Survey, describe_file, file_of, survey
 from asyncckpt.registry.registry import (
     MAX_REGISTRY_BYTES,
@@ -43,8 +39,7 @@ from asyncckpt.registry.registry import (
     encode_registry,
 )
 from asyncckpt.registry.retention import RetentionPolicy, retained
-from asyncckpt.storage import system_calls
-from asyncckpt.storage.base import FINISHING, Lock, Reader, Storage
+from asyncckpt.storage.base import Lock, Reader, Storage
 from asyncckpt.threads import log_quietly
 
 Report = Callable[[EventKind, str, str], None]
@@ -71,10 +66,6 @@ class WriterState:
 
 
 _generations = itertools.count(1)
-_LOCK_PAUSE_SECS = 0.05
-_SILENT_WAIT_SECS = 1.0
-_MAX_FINISHING_SECS = 600.0  # how long to wait for a writer that finishes a dead trainer's checkpoints
-_MAX_HOLDER_BYTES = 500
 _MOST_COMMITS = 2**61  # a save's number beyond what the registry may hold would lose it
 
 
@@ -162,29 +153,8 @@ class CheckpointDirectory:
         return False
 
     def await_finishing(self) -> None:
-        """Wait for a writer that finishes the checkpoints of a trainer that has died, so that they are seen.
-
-        Returns at once if there is none; blocks for ten minutes at most. Where the lock is still in the name of a
-        process that has ended, its writer is given as long as anybody who wants the lock to say that it goes on.
-        """
-        started = time.monotonic()
-        is_announced = False
-        while holder := self._finishing_holder():
-            patience = _MAX_FINISHING_SECS if holder.startswith(FINISHING) else self._lock_timeout_secs
-            if time.monotonic() - started >= patience:
-                return
-            if not is_announced:
-                log_quietly(logging.WARNING, f"waiting for what still writes to {self.path}: {holder}")
-                is_announced = True
-            time.sleep(_LOCK_PAUSE_SECS)
-
-    def _finishing_holder(self) -> str:
-        try:
-            holder = self._storage.read(self.path_of(LOCK_NAME), _MAX_HOLDER_BYTES).decode("utf-8", "replace")
-        except OSError:
-            return ""
-        is_left = holder.startswith(FINISHING) or _has_ended(holder)
-        return holder if is_left and self._storage.is_locked(self.path) else ""
+        """Wait for a writer that finishes the checkpoints of a trainer that has died. See `turns.await_finishing`."""
+        turns.await_finishing(self._storage, self.path, self._lock_timeout_secs)
 
     def note_damaged(self, info: CheckpointInfo) -> None:
         """A load found it so: from now on it is not the best, and takes no whole checkpoint's place in retention."""
@@ -223,7 +193,7 @@ class CheckpointDirectory:
                     if self._run_id is not None:
                         self._check_place(self._run_id)
                     self.close()
-                    self._lock = self._take_lock()
+                    self._lock = turns.take_lock(self._storage, self.path, self._lock_timeout_secs)
                     self._device = self._storage.device(self.path)
                     self._note_progress()
                     self._recover()
@@ -270,28 +240,6 @@ class CheckpointDirectory:
         """Close for good."""
         self._is_shut = True
         self.close()
-
-    def _take_lock(self) -> Lock:
-        since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        holder = f"{_holder(os.getpid())}, since {since}"
-        started = time.monotonic()
-        is_announced = False
-        while True:
-            try:
-                return self._storage.lock(self.path, holder)
-            except BlockingIOError as error:
-                other = str(error.strerror)
-                patience = _MAX_FINISHING_SECS if other.startswith(FINISHING) else self._lock_timeout_secs
-                waited = time.monotonic() - started
-                if waited >= patience:
-                    raise StorageBusyError(
-                        f"{self.path} is being written to by {other}; a directory has one writer at a time: "
-                        "close that manager or end that process, or use another directory"
-                    ) from error
-                if waited >= _SILENT_WAIT_SECS and not is_announced:
-                    log_quietly(logging.WARNING, f"waiting for what still writes to {self.path}: {other}")
-                    is_announced = True
-            time.sleep(_LOCK_PAUSE_SECS)
 
     def recover(self) -> None:
         """Make the directory, which is open for writing, agree with itself after the process that wrote for us died.
@@ -443,7 +391,7 @@ class CheckpointDirectory:
         """The process that shared the lock has ended: tell others that what it left is only being finished here."""
         if self._lock is not None:
             self._lock.inherit()
-            self._lock.describe(f"{FINISHING}writer {_holder(os.getpid())}")
+            self._lock.describe(turns.name_of_finisher())
 
     # --- writing ---
 
@@ -640,29 +588,6 @@ class CheckpointDirectory:
         path = self.path_of(name)
         log_quietly(level, f"{path}: {detail}")
         self._report_event(kind, path, detail)
-
-
-def _holder(pid: int) -> str:
-    return f"process {pid} on {socket.gethostname()}"
-
-
-def _has_ended(holder: str) -> bool:
-    """Whether the process of this machine that a lock's file names is no more."""
-    pid = holder.removeprefix("process ").split(" ", 1)[0]
-    if not pid.isdecimal() or not holder.startswith(f"{_holder(int(pid))}, ") or not hasattr(os, "pidfd_open"):
-        return False
-    try:
-        pidfd = os.pidfd_open(int(pid))
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    try:
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        return bool(poll.poll(0))  # it may still wait for its parent to take note
-    finally:
-        system_calls.close(pidfd)
 
 
 class _Heard(Reader):

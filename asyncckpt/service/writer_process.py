@@ -40,14 +40,15 @@ def command(connection_fd: int, trainer_fd: int) -> list[str]:
     code = (
         # Its name first: `asyncckpt run` knows by it for whom it has to wait.
         f"import os, sys; os.path.exists({_NAME!r}) and open({_NAME!r}, 'w').write({WRITER_NAME!r}); "
-        f"sys.path += {_import_path()!r}; "
+        f"sys.path += {import_path()!r}; "
         f"from asyncckpt.service.writer import main; main({connection_fd}, {trainer_fd})"
     )
     # The same encoding of file names, which may have come from the environment.
     return [sys.executable, "-I", "-S", "-X", f"utf8={sys.flags.utf8_mode}", "-c", code]
 
 
-def _import_path() -> list[str]:
+def import_path() -> list[str]:
+    """Where the few packages lie that a writer process needs."""
     path: list[str] = []
     for name in _IMPORTS:
         spec = importlib.util.find_spec(name)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from storage.seam import Call, Seam
 
 import asyncckpt
 from asyncckpt import CheckpointManager, CorruptCheckpointError
@@ -179,6 +182,126 @@ def test_mapped_tensors_of_a_truncated_file_are_why(directories: dict[str, str])
     finally:
         Path(path).write_bytes(pristine)
     assert process.returncode == -7
+
+
+@contextmanager
+def failing_disk(base: Path, num_bytes: int) -> Iterator[tuple[Path, Callable[[int], None]]]:
+    """A directory on a disk of its own, and what cuts the disk off behind so many bytes: reading those is EIO."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        gates.not_checked("a failing disk needs Linux and root")
+    image, mount = base / "disk", base / "mount"
+    mount.mkdir()
+    image.write_bytes(b"")
+    os.truncate(image, num_bytes)
+    try:
+        subprocess.run(["mkfs.ext4", "-q", "-F", "-O", "^has_journal", str(image)], check=True, capture_output=True)
+        subprocess.run(["mount", "-o", "loop", str(image), str(mount)], check=True, capture_output=True)
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        gates.not_checked(f"a failing disk: {error}")
+
+    def cut(at: int) -> None:
+        subprocess.run(["umount", str(mount)], check=True)  # nothing is in the page cache then
+        subprocess.run(["mount", "-o", "loop,ro", str(image), str(mount)], check=True)
+        os.truncate(image, at)  # the loop device keeps its size
+
+    try:
+        yield mount, cut
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_a_disk_that_fails_for_real(tmp_path: Path) -> None:
+    """EIO while it is read: an OSError of `load` and `verify`; `load_latest` takes the older checkpoint."""
+    shapes = {OLDER: (1, 8), NEWEST: (1, 1200)}
+    with failing_disk(tmp_path, 48 << 20) as (mount, cut):
+        run = mount / "run"
+        with CheckpointManager(run) as manager:
+            for step, shape in shapes.items():
+                manager.save(*make(shape, step), 1, step)
+                manager.wait(60)
+        path = newest_path(str(run))
+        assert os.path.getsize(path) > 16 << 20
+        cut(12 << 20)
+        for attempt in (asyncckpt.load, asyncckpt.verify):
+            with pytest.raises(OSError, match="Input/output error") as caught:
+                attempt(path)
+            assert caught.value.errno == errno.EIO
+        model, optimizer = make(shapes[OLDER], 0)
+        with CheckpointManager(run) as manager:
+            assert manager.load_latest(model, optimizer)[1]["global_step"] == OLDER
+        assert restored_step(model, optimizer) == OLDER
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE])
+def test_reading_fails_at_each_call(error: int, tmp_path: Path) -> None:
+    """Once, at each call in turn that reads the newest file's bytes: the older one is restored, whole."""
+    shape = (3, 3)
+    with CheckpointManager(tmp_path) as manager:
+        for step in (OLDER, NEWEST):
+            manager.save(*make(shape, step), 1, step)
+            manager.wait(60)
+    path = newest_path(str(tmp_path))
+
+    def restored_when(failing_read: int | None) -> tuple[int, int]:
+        """The step that was restored; how many reads there were."""
+        num_reads = 0
+
+        def fail(call: Call) -> None:
+            nonlocal num_reads
+            if call.name == "pread_into" and call.path == path:
+                num_reads += 1
+                if num_reads == failing_read:
+                    raise OSError(error, os.strerror(error))
+
+        model, optimizer = make(shape, 0)
+        with Seam(fail), CheckpointManager(tmp_path) as manager:
+            manager.load_latest(model, optimizer)
+        return restored_step(model, optimizer), num_reads
+
+    step, num_reads = restored_when(None)
+    assert step == NEWEST
+    assert num_reads > 6 * 3, "what is restored is read once more"
+    assert [restored_when(number)[0] for number in range(1, num_reads + 1)] == [OLDER] * num_reads
+    gates.report("8 corruption", f"{errno.errorcode[error]} at each of {num_reads} reads: load_latest fell back")
+
+
+def test_a_file_that_is_touched_is_loaded_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As cleaners of scratch space have it: its time changes, its bytes do not. If that never ends, it is an error."""
+    path = tmp_path / "a.pt"
+    asyncckpt.save({"a": torch.arange(5)}, path).result()
+    torch_load, num_touches = torch.load, 1
+
+    def touch_then_load(*args: Any, **options: Any) -> Any:
+        nonlocal num_touches
+        if num_touches:
+            num_touches -= 1
+            os.utime(path, ns=(num_touches, num_touches))
+        return torch_load(*args, **options)
+
+    monkeypatch.setattr(torch, "load", touch_then_load)
+    assert asyncckpt.load(path)["a"].tolist() == [0, 1, 2, 3, 4]
+    assert num_touches == 0
+    num_touches = 100
+    with pytest.raises(CorruptCheckpointError, match="keeps being written to"):
+        asyncckpt.load(path)
+
+
+LOOKED_AT: dict[str, Callable[[], Any]] = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "csr": lambda: torch.eye(3).to_sparse_csr(),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["plain", *LOOKED_AT])
+def test_what_torch_looks_at_is_not_mapped(kind: str, tmp_path: Path) -> None:
+    """Making a sparse tensor of mapped memory would look at it, and the file might be gone."""
+    path = tmp_path / "a.pt"
+    asyncckpt.save({"a": torch.ones(3), "b": LOOKED_AT.get(kind, lambda: 1)()}, path).result()
+    loaded = asyncckpt.load(path)
+    assert (str(path) in Path("/proc/self/maps").read_text()) == (kind == "plain")
+    assert loaded["a"].tolist() == [1, 1, 1]
 
 
 def test_read_again_is_checked_again(tmp_path: Path) -> None:

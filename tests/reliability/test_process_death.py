@@ -43,10 +43,10 @@ pytestmark = [
 class Server:
     """The fork server's other end."""
 
-    def __init__(self) -> None:
+    def __init__(self, logs: Path) -> None:
         self.process = subprocess.Popen(
             [sys.executable, str(TESTS / "reliability" / "dying_server.py")],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "TMPDIR": str(logs)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -121,8 +121,8 @@ class Death:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server()
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("logs"))
     yield server
     server.close()
 
@@ -217,7 +217,7 @@ def signal_everybody(number: signal.Signals) -> Any:
 
 VARIANTS: list[tuple[Any, bool, int]] = list(itertools.product(["copy", "overlap"], [True, False], [0, 1]))
 CIRCUMSTANCES = [
-    ("none", kill_trainer, count(16, full=200)),
+    ("none", kill_trainer, count(8, full=200)),
     ("native", kill_trainer, count(4, full=200)),
     ("loader", kill_trainer, count(2, full=50)),
     ("none", kill_group, count(4, full=200)),
@@ -261,7 +261,7 @@ def test_what_was_staged_is_committed(children: Any, kill: Any, num_deaths: int,
 
 def test_killed_at_a_random_moment(tmp_path: Path, start: Any) -> None:
     """In a stream of saves: all that were staged are there, and of the one in the middle all or nothing."""
-    num_deaths = count(5, full=200)
+    num_deaths = count(3, full=200)
     chance = random.Random(SEED)
     num_staged = num_between = 0
     for index in range(num_deaths):
@@ -325,7 +325,7 @@ def test_a_restarted_trainer_does_not_wait_for_ever(
     tmp_path: Path, start: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For a disk that never answers: loading goes on with what there is, saving says who is in the way."""
-    monkeypatch.setattr("asyncckpt.registry.directory._MAX_FINISHING_SECS", 1.0)
+    monkeypatch.setattr("asyncckpt.registry.turns.MAX_FINISHING_SECS", 1.0)
     disk = Disk(tmp_path / "control")
     directory = str(tmp_path / "directory")
     disk.hold(suffix="step00000002.pt.tmp")
@@ -396,7 +396,10 @@ def test_a_pid_namespace_that_ends_with_the_trainer(tmp_path: Path) -> None:
         order = Order(str(tmp_path / str(index)), 1, None)
         code = TRAINER.format(path=[str(TESTS), *sys.path])
         process = subprocess.Popen(
-            [*unshare, sys.executable, "-c", code, json.dumps(asdict(order))], stdout=subprocess.PIPE, text=True
+            [*unshare, sys.executable, "-c", code, json.dumps(asdict(order))],
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert process.stdout is not None
         staged = 0

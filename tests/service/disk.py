@@ -10,7 +10,6 @@ import json
 import mmap
 import os
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -30,6 +29,7 @@ if TYPE_CHECKING:  # a writer process has neither the time nor the need for it
     import pytest
 
 TESTS = Path(__file__).parent.parent
+_COMMAND = writer_process.command
 _POLL_SECS = 0.002
 _MAX_SECS = 60.0
 
@@ -159,10 +159,10 @@ def writer_command(control: Path, *, prelude: str = "") -> Callable[[int, int], 
     """In place of `writer_process.command`: a writer process on such a disk. `prelude` is run in it first."""
 
     def command(connection_fd: int, trainer_fd: int) -> list[str]:
-        path = [*writer_process._import_path(), str(TESTS)]
-        code = f"""
-import sys
-sys.path += {path!r}
+        *interpreter, code = _COMMAND(connection_fd, trainer_fd)
+        start, _ = code.split("from asyncckpt", 1)
+        code = f"""{start}
+sys.path += [{str(TESTS)!r}]
 {prelude}
 from pathlib import Path
 from service.disk import controlled
@@ -170,7 +170,7 @@ from asyncckpt.service.writer import main
 with controlled(Path({str(control)!r})):
     main({connection_fd}, {trainer_fd})
 """
-        return [sys.executable, "-I", "-S", "-c", code]
+        return [*interpreter, code]
 
     return command
 
