@@ -607,10 +607,13 @@ class WriterConformance:
         interruptible, num_interrupts, kept = False, 0, {}
         chance = random.Random(SEED)
         with self.saver(max_in_flight=6) as saver:
-            saver.save(state(0, 30_000), place / "first.pt").result(60)
-            started = time.perf_counter()
-            saver.save(state(0, 30_000), place / "first.pt")
-            typical_secs = time.perf_counter() - started
+            durations: list[float] = []
+            for _ in range(6):  # the shortest: on a busy machine one alone may take far longer than those to come
+                started = time.perf_counter()
+                handle = saver.save(state(0, 30_000), place / "first.pt")
+                durations.append(time.perf_counter() - started)
+                handle.result(60)
+            typical_secs = min(durations)
             for number in range(150):
                 path = place / f"{number % 5}.pt"
                 with alarms(interrupt, chance.uniform(0.05, 1.2) * typical_secs):
