@@ -33,6 +33,8 @@ MAKES = {
     "allocate": {"fallocate"},
     "fsync": {"fsync"},
     "try_lock": {"flock"},
+    "try_shared_lock": {"flock"},
+    "file_system_status": {"statfs"},
     "unlock": {"flock"},
     "rename": {"rename", "renameat", "renameat2"},
     "link": {"link", "linkat"},
@@ -49,6 +51,7 @@ LISTING = re.compile(r"(openat|open)(( newfstatat| fstat| fcntl)*( getdents64)+ 
 
 # What torch.load does with the descriptor that it opens at /proc/self/fd/N, after it was verified through the seam.
 OPENING = re.compile(r'openat\(AT_FDCWD[^,]*, "/proc/self/fd/\d+", O_RDONLY.* = (\d+)<')
+DUPLICATING = re.compile(r"fcntl\(\d+<.*>, F_DUPFD_CLOEXEC, 0\)\s*= (\d+)<")
 LOADING = {"newfstatat", "fstat", "lseek", "read", "pread64", "mmap", "close", "ioctl", "fadvise64"}
 
 
@@ -139,12 +142,17 @@ def test_no_call_bypasses_the_seam(traced: Traced) -> None:
 
 
 def not_by_torch(lines: list[str]) -> Iterator[str]:
-    """Those of one thread's calls that are not about a descriptor which torch.load has opened."""
+    """Those of one thread's calls that are not about a descriptor which torch.load has opened, nor about the page by
+    which a load learns where torch has mapped the file: Python's mmap looks at the size, duplicates it and maps it."""
     opened: set[str] = set()
-    for line in lines:
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
         name = line.split("(", 1)[0]
         if opening := OPENING.match(line):
             opened.add(opening.group(1))
+        elif duplicating := DUPLICATING.match(line):
+            opened.add(duplicating.group(1))
+        elif (name in STAT and DUPLICATING.match(following)) or line.startswith("mmap(NULL, 1, "):
+            continue
         elif (used := re.search(r"[( ](\d+)<", line)) and used.group(1) in opened and name in LOADING:
             opened -= {used.group(1)} if name == "close" else set()
         else:

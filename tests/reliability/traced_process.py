@@ -17,6 +17,7 @@ from storage.seam import FUNCTIONS
 
 import asyncckpt
 from asyncckpt.storage import system_calls
+from asyncckpt.storage.local import LocalStorage
 from reliability.test_io_errors import OLD_LOSSES, Process
 
 MARKS = "/asyncckpt-mark"
@@ -59,7 +60,9 @@ def manage(path: Path) -> None:
 
 
 def look(path: Path, run: Path) -> None:
-    """Load, list, verify."""
+    """Load, list, verify; ask who writes, and how much room there is."""
+    assert not LocalStorage().is_locked(str(run))
+    assert system_calls.file_system_status(str(run)).f_bsize > 0
     for mmap in (True, False):
         assert asyncckpt.load(path, mmap=mmap)["tensor"][0] == 2
     assert asyncckpt.verify(path).ok
