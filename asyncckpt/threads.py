@@ -54,7 +54,7 @@ class ThreadGroup:
         tickets = list(range(count))
         remaining = count
         lock = threading.Lock()
-        done = threading.Event()
+        done = Latch()
         errors: list[BaseException] = []
 
         def run() -> None:

@@ -6,6 +6,7 @@ import threading
 from typing import Literal, get_args
 
 from asyncckpt.errors import QueueFullError
+from asyncckpt.threads import Latch
 
 WhenFull = Literal["block", "skip", "raise"]
 WHEN_FULL: tuple[str, ...] = get_args(WhenFull)
@@ -21,36 +22,44 @@ class Admission:
         self._max_in_flight = max_in_flight
         self._when_full = when_full
         self._places: dict[Place, int] = {}  # bytes reserved
-        self._changed = threading.Condition()
+        # No condition: Ctrl-C in its Python code would leave its lock taken, or not taken, for ever.
+        self._lock = threading.RLock()
+        self._place_left = Latch()  # set, and replaced, when a place is given back
 
     def enter(self) -> Place | None:
         """Take a place; None when there is none and the save is to be skipped."""
-        with self._changed:
-            while len(self._places) >= self._max_in_flight and not self._interrupted_own_save():
-                if not self._may_wait(f"{len(self._places)} saves are in flight (max_in_flight)"):
-                    return None
-            place = Place(self)
-            self._places[place] = 0
-            return place
+        while True:
+            with self._lock:
+                if len(self._places) < self._max_in_flight or self._interrupted_own_save():
+                    place = Place(self)
+                    self._places[place] = 0
+                    return place
+                num_taken, place_left = len(self._places), self._place_left
+            if not self._may_wait(f"{num_taken} saves are in flight (max_in_flight)"):
+                return None
+            place_left.wait()
 
     def reserve(self, place: Place, num_bytes: int, limit: int) -> bool:
         """Take memory for an image; False when there is none and the save is to be skipped.
 
         One image alone is always admitted: whether it fits at all is decided before.
         """
-        with self._changed:
-            while (
-                (taken := self._taken_bytes()) and taken + num_bytes > limit and not self._interrupted_own_save(place)
-            ):
-                if not self._may_wait(f"{taken:,} bytes are in flight, and {num_bytes:,} more would pass memory_limit"):
-                    return False
-            self._places[place] = num_bytes
-            return True
+        while True:
+            with self._lock:
+                taken = self._taken_bytes()
+                if not taken or taken + num_bytes <= limit or self._interrupted_own_save(place):
+                    self._places[place] = num_bytes
+                    return True
+                place_left = self._place_left
+            if not self._may_wait(f"{taken:,} bytes are in flight, and {num_bytes:,} more would pass memory_limit"):
+                return False
+            place_left.wait()
 
     def leave(self, place: Place) -> None:
-        with self._changed:
+        with self._lock:
             self._places.pop(place, None)
-            self._changed.notify_all()
+            self._place_left.set()
+            self._place_left = Latch()
 
     def _taken_bytes(self) -> int:
         return sum(self._places.values())
@@ -63,10 +72,7 @@ class Admission:
     def _may_wait(self, reason: str) -> bool:
         if self._when_full == "raise":
             raise QueueFullError(f"{reason}; save less often, raise the limit, or choose when_full='block' or 'skip'")
-        if self._when_full == "skip":
-            return False
-        self._changed.wait()
-        return True
+        return self._when_full == "block"
 
 
 class Place:
