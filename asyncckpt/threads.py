@@ -82,10 +82,14 @@ class ThreadGroup:
                 done.wait()
             except BaseException as caught:
                 interrupt = caught
-        if interrupt is not None:
-            raise interrupt
-        if errors:
-            raise errors[0]
+        try:
+            if interrupt is not None:
+                raise interrupt
+            if errors:
+                raise errors[0]
+        finally:  # else this frame and the error's traceback would keep each other, and the image, until a collection
+            interrupt = None
+            errors.clear()
 
     def contains_current_thread(self) -> bool:
         return threading.current_thread() in self._threads

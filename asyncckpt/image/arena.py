@@ -45,8 +45,9 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 class Arena:
     """One buffer of `num_bytes`, mapped at `address`; `fd` is its memfd, None where it is anonymous memory.
 
-    `buffer` is a writable view of all of it. The memory is given back by `close()`, after which no view may be used.
-    `number` tells arenas of this process apart, also those that are gone.
+    `buffer` is a writable view of all of it. The memory is given back by `close()`, after which no view may be used; of
+    an arena that an interrupt (Ctrl-C) made its owner lose, with the last view. `number` tells arenas of this process
+    apart, also those that are gone.
     """
 
     def __init__(self, num_bytes: int) -> None:
@@ -68,9 +69,12 @@ class Arena:
             if fd is not None:
                 os.close(fd)
             raise
-        self.buffer = memoryview((ctypes.c_char * self.num_bytes).from_address(self.address)).cast("B")
-        self.used_bytes = 0  # how far pages have been touched
+        memory = (ctypes.c_char * num_bytes).from_address(self.address)  # every view holds it
         self._before_close: list[Callable[[], None]] = []
+        self._when_lost = weakref.finalize(memory, _give_back, fd, self.address, num_bytes, self._before_close)
+        self._when_lost.atexit = False
+        self.buffer = memoryview(memory).cast("B")
+        self.used_bytes = 0  # how far pages have been touched
         _arenas.add(self)
 
     def prefault(self, num_bytes: int) -> None:
@@ -90,36 +94,35 @@ class Arena:
         """Give the memory back. Safe to call twice."""
         if self.address == 0:
             return
-        for action in self._before_close:
-            action()
+        self._when_lost.detach()
         self.buffer.release()
-        _libc.munmap(self.address, self.num_bytes)
-        self.address = 0
-        self.close_descriptor()
+        fd, address, self.fd, self.address = self.fd, self.address, None, 0
+        _give_back(fd, address, self.num_bytes, self._before_close)
 
     def close_descriptor(self) -> None:
-        """Close the memfd alone, as a forked child must: its copy would keep the memory alive."""
+        """Close the memfd alone, as a forked child must, where its memory is not mapped but kept alive."""
+        self._when_lost.detach()
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
 
 
 class ArenaPool:
-    """Keeps up to `max_arenas` buffers for reuse. All methods are thread-safe."""
+    """Keeps up to `max_arenas` buffers for reuse, made by `make`. All methods are thread-safe."""
 
-    def __init__(self, max_arenas: int) -> None:
+    def __init__(self, max_arenas: int, make: Callable[[int], Arena] = Arena) -> None:
         self._max_arenas = max_arenas
+        self._make = make
         self._lock = threading.RLock()
         self._free: list[Arena] = []
-        self._num_lent = 0
-        self._lent_bytes = 0
+        self._lent: weakref.WeakSet[Arena] = weakref.WeakSet()  # without those that an interrupt made somebody lose
         self._closed = False
 
     @property
     def num_bytes(self) -> int:
         """Bytes of address space held, lent and free."""
         with self._lock:
-            return self._lent_bytes + sum(arena.num_bytes for arena in self._free)
+            return sum(arena.num_bytes for arena in (*self._lent, *self._free))
 
     def acquire(self, num_bytes: int) -> Arena:
         """Lend the smallest free arena that is large enough, or make one. Never blocks for another's return."""
@@ -130,22 +133,21 @@ class ArenaPool:
                     self._free.remove(arena)
                 except ValueError:
                     continue  # a signal handler, saving in the middle of this, has taken it
-                self._lend(arena)
+                self._lent.add(arena)
                 return arena
             while self._free:  # all too small for this state, and states seldom shrink
                 self._free.pop().close()
         # A little to spare, untouched and so free of charge (unless pinned): the next state is often slightly larger.
-        arena = Arena(num_bytes + num_bytes // 32)
+        arena = self._make(num_bytes + num_bytes // 32)
         with self._lock:
-            self._lend(arena)
+            self._lent.add(arena)
         return arena
 
     def release(self, arena: Arena) -> None:
         """Take a lent arena back; no view of it may be used from now on."""
         with self._lock:
-            self._num_lent -= 1
-            self._lent_bytes -= arena.num_bytes
-            if self._closed or self._num_lent + len(self._free) >= self._max_arenas:
+            self._lent.discard(arena)
+            if self._closed or len(self._lent) + len(self._free) >= self._max_arenas:
                 arena.close()
             else:
                 self._free.append(arena)
@@ -157,10 +159,6 @@ class ArenaPool:
             for arena in self._free:
                 arena.close()
             self._free.clear()
-
-    def _lend(self, arena: Arena) -> None:
-        self._num_lent += 1
-        self._lent_bytes += arena.num_bytes
 
 
 def _create_memfd(num_bytes: int) -> int | None:
@@ -196,6 +194,16 @@ def _map(fd: int | None, num_bytes: int) -> int:
     if sys.platform == "linux":
         _libc.madvise(address, num_bytes, _MADV_DONTFORK)
     return int(address)
+
+
+def _give_back(fd: int | None, address: int, num_bytes: int, before: list[Callable[[], None]]) -> None:
+    try:
+        for action in before:
+            action()
+    finally:  # an interrupt within a finalizer is lost, and the memory must not be
+        _libc.munmap(address, num_bytes)
+        if fd is not None:
+            os.close(fd)
 
 
 _arenas: weakref.WeakSet[Arena] = weakref.WeakSet()

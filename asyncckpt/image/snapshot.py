@@ -75,6 +75,7 @@ class Snapshot:
         """Give the memory back. Waits until staging is over; safe to call twice."""
         self._staged.wait()
         staging, self._staging = self._staging, None  # it keeps the tensors
+        self._error = None  # its traceback has frames that hold this snapshot
         if staging is not None:
             staging.retire()
         arena, self._arena, self.source = self._arena, None, None
@@ -87,9 +88,15 @@ class Snapshotter:
 
     def __init__(self, mode: SnapshotMode, max_arenas: int, stagers: ThreadGroup, copiers: ThreadGroup) -> None:
         self._mode = mode
-        self._pool = ArenaPool(max_arenas)
+        self._pool = ArenaPool(max_arenas, self._make_arena)
         self._stagers = stagers
         self._copiers = copiers
+
+    def _make_arena(self, num_bytes: int) -> Arena:
+        """Not on the calling thread, where Ctrl-C between the kernel's doing and our knowing would lose memory."""
+        made: list[Arena] = []
+        self._copiers.run_on_all(lambda: made.append(Arena(num_bytes)), 1)
+        return made.pop()
 
     def take(
         self,

@@ -539,8 +539,15 @@ class CheckpointDirectory:
 
     def _delete(self, registry: Registry, pending: Sequence[PendingDelete]) -> Registry:
         """What could be deleted is off the list; the rest is tried again after the next save."""
-        ours = [drop for drop in pending if not self._is_strange(registry, drop)]
-        registry = registry.deleted(drop for drop in pending if drop not in ours)
+        ours: list[PendingDelete] = []
+        strange: list[PendingDelete] = []
+        for drop in pending:
+            try:
+                (strange if self._is_strange(registry, drop) else ours).append(drop)
+            except OSError as error:
+                reason = error.strerror or str(error)
+                self._report(logging.WARNING, "failed", drop.name, f"not deleted: can't be looked at now: {reason}")
+        registry = registry.deleted(strange)
         if not ours:
             return registry
         try:
@@ -558,19 +565,18 @@ class CheckpointDirectory:
         return registry.deleted(ours)
 
     def _is_strange(self, registry: Registry, drop: PendingDelete) -> bool:
-        """Whether somebody has put another file in the place of what was dropped."""
-        with contextlib.suppress(OSError):
-            try:
-                description = describe_file(self._storage, self.path_of(drop.name))
-            except CorruptCheckpointError:
-                return not self._looks_like_a_checkpoint(drop.name)
-            is_ours = description is not None and description.run_id == registry.run_id
-            if description is None or not is_ours or description.info.sequence != drop.sequence:
-                is_there = drop.name in self._storage.list_names(self.path)
-                if is_there:
-                    self._report(logging.WARNING, "failed", drop.name, "not deleted: it is another file by now")
-                return is_there
-        return False
+        """Whether somebody has put another file in the place of what was dropped. Raises OSError when in doubt."""
+        try:
+            description = describe_file(self._storage, self.path_of(drop.name))
+        except CorruptCheckpointError:
+            return not self._looks_like_a_checkpoint(drop.name)
+        is_ours = description is not None and description.run_id == registry.run_id
+        if description is not None and is_ours and description.info.sequence == drop.sequence:
+            return False
+        is_there = drop.name in self._storage.list_names(self.path)
+        if is_there:
+            self._report(logging.WARNING, "failed", drop.name, "not deleted: it is another file by now")
+        return is_there
 
     def _looks_like_a_checkpoint(self, name: str) -> bool:
         """Damaged, but one: an archive by its first bytes, or never written at all."""

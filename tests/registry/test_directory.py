@@ -534,6 +534,25 @@ def test_a_denied_delete_fails_no_save(run: Run) -> None:
     run.assert_in_order()
 
 
+def test_what_can_not_be_looked_at_is_not_deleted(run: Run) -> None:
+    """It may be somebody else's by now. Once it can be, it is."""
+    run.save(1, 0.5)
+    run.save(2, 0.4)
+    dropped = run.file(1)
+
+    def fail(call: Call) -> None:
+        if call.name == "open_file" and call.path == str(dropped):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with Seam(fail) as seam:
+        run.save(3, 0.3)
+    assert not [call for call in seam.named("unlink") if call.path == str(dropped)]
+    assert dropped.exists()
+    assert run.steps() == [2, 3]
+    run.save(4, 0.2)
+    run.assert_in_order()
+
+
 def test_a_commit_whose_last_sync_failed(run: Run) -> None:
     """The file is there, and would be nobody's: the next save lists it."""
     run.save(1, 0.5)

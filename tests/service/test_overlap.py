@@ -493,4 +493,4 @@ def test_an_interrupt_while_the_fence_is_put_up(
         saver.save(state_of(model, optimizer), tmp_path / "a.pt", optimizers=[optimizer])
     train_step(model, optimizer)
     assert not fence._pending
-    assert saver._snapshots._pool._num_lent == 0
+    assert not saver._snapshots._pool._lent

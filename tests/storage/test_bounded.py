@@ -63,22 +63,29 @@ def test_progress_is_an_answer(storage: BoundedStorage) -> None:
 def test_several_threads_ask(storage: BoundedStorage) -> None:
     """One waits for the other's question to be answered, and does not take it for a hang."""
     gate, begun = threading.Event(), threading.Event()
+    asked: list[int] = []
     answers: list[int] = []
 
     def first() -> int:
         begun.set()
         assert gate.wait(HANG_SECS)
+        asked.append(1)
         return 1
+
+    def second() -> int:
+        asked.append(2)
+        return 2
 
     threads = [threading.Thread(target=lambda: answers.append(storage.ask(first, HANG_SECS)))]
     threads[0].start()
     assert begun.wait(HANG_SECS)
-    threads.append(threading.Thread(target=lambda: answers.append(storage.ask(lambda: 2, HANG_SECS))))
+    threads.append(threading.Thread(target=lambda: answers.append(storage.ask(second, HANG_SECS))))
     threads[1].start()
     gate.set()
     for thread in threads:
         thread.join(HANG_SECS)
-    assert answers == [1, 2]
+    assert asked == [1, 2]
+    assert sorted(answers) == [1, 2]  # who goes on first is nobody's business
 
 
 def test_after_the_end(storage: BoundedStorage) -> None:
