@@ -157,6 +157,35 @@ def test_with_threads_exit_flushes(tmp_path: Path) -> None:
     assert steps_at(tmp_path) == [7]
 
 
+WRITTEN_BY_THREADS = """
+import threading, torch, asyncckpt
+from asyncckpt.registry.retention import RetentionPolicy
+from asyncckpt.storage import system_calls
+
+class Everything(RetentionPolicy):
+    def kept(self, checkpoints):
+        return frozenset(info.sequence for info in checkpoints)
+
+manager = asyncckpt.CheckpointManager("run", retention=Everything(), writer="process")
+model = torch.nn.Linear(10, 10)
+manager.save(model, None, 1, 1).result(60)
+system_calls.fsync = lambda fd: threading.Event().wait()
+manager.save(model, None, 1, 2)
+manager.leave_to_writer()
+"""
+
+
+def test_what_threads_write_does_not_survive_and_that_is_said(tmp_path: Path) -> None:
+    """A policy of the user's own is code that the writer does not have: the save is lost, and the exit code tells."""
+    done = subprocess.run(
+        [sys.executable, "-c", WRITTEN_BY_THREADS], cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT_SECS
+    )
+    assert done.returncode == 74, done.stderr
+    assert "1 of 1 saves are not durable yet" in done.stderr
+    assert "the writer process goes on" not in done.stderr
+    assert steps_at(tmp_path) == [1]
+
+
 @pytest.fixture
 def saver() -> Iterator[AsyncCheckpointSaver]:
     with AsyncCheckpointSaver(writer="thread") as saver:

@@ -117,6 +117,12 @@ class ProcessQueue:
         return self._process is not None
 
     @property
+    def is_handed_over(self) -> bool:
+        """Whether the writer has everything that is in flight, and needs this process no more."""
+        entries = list(self._entries.values())
+        return self.survives_exit and all(isinstance(entry, _Entry) and entry.is_handed_over for entry in entries)
+
+    @property
     def pid(self) -> int | None:
         """The writer's process id; None if there is none."""
         process = self._process

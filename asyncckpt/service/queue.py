@@ -122,6 +122,7 @@ class SaveQueue:
             raise
 
     survives_exit = False
+    is_handed_over = False
 
     def staged(self, handle: SaveHandle) -> None:
         """The handle's image is complete: the workers see that for themselves."""

@@ -595,10 +595,11 @@ class AsyncCheckpointSaver:
         except WaitTimeoutError as error:
             if not final:
                 return True
-            if self._queue.survives_exit and all(handle.staged for handle in list(self._in_flight)):
+            if self._queue.is_handed_over:
                 log_quietly(logging.WARNING, f"at exit: the writer process goes on: {error}")
                 return True
-            log_quietly(logging.ERROR, f"at exit, after {self._exit_timeout_secs} s: {error}")
+            when = "" if self._is_left else f", after {self._exit_timeout_secs} s"
+            log_quietly(logging.ERROR, f"at exit{when}: {error}")
             return False
         except BaseException as error:
             log_quietly(logging.ERROR, f"at exit: {error!r}")
