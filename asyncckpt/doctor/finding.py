@@ -50,4 +50,5 @@ def format_latency(secs: float) -> str:
 
 
 def reason(error: OSError) -> str:
+    """In the system's own words, without the path."""
     return error.strerror or str(error)

@@ -177,14 +177,17 @@ FromWriter = Hello | Begun | AskCommit | Settled | Finished | Happened | Logged
 
 
 def encode(message: Message) -> bytes:
+    """The bytes of a message, for `Connection.send`."""
     return _encoder.encode(message)
 
 
 def decode_to_writer(body: bytes | memoryview) -> ToWriter:
+    """What the trainer said. Raises msgspec's `ValidationError` for anything else."""
     return _to_writer.decode(body)
 
 
 def decode_from_writer(body: bytes | memoryview) -> FromWriter:
+    """What the writer said. Raises msgspec's `ValidationError` for anything else."""
     return _from_writer.decode(body)
 
 
@@ -223,6 +226,7 @@ def plain_text(text: str) -> str:
 
 
 def describe_error(error: BaseException) -> PlainError:
+    """An error, with what it was raised from, as plain data."""
     cause = describe_error(error.__cause__) if error.__cause__ is not None else None
     number = error.errno if isinstance(error, OSError) else None
     text = str(error)
