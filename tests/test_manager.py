@@ -834,6 +834,28 @@ def test_a_disk_that_fills_while_the_registry_is_written(
         manager.close()
 
 
+def test_an_opening_that_fails_at_its_end_is_raised(make: Callable[..., CheckpointManager]) -> None:
+    """The run has not begun: every first save raises, however far the opening came, and none counts as a failure."""
+    training = Training()
+    first = make()
+    training.save(first)
+    first.close(60)
+    (first.checkpoint_dir / "registry.json").unlink()
+
+    def fill(call: Call) -> None:
+        if call.name == "rename":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    manager = make(max_consecutive_failures=2)
+    with Seam(fill):
+        for _ in range(4):
+            with pytest.raises(CheckpointWriteError, match=r"can't be opened for writing: No space left"):
+                training.save(manager, global_step=3)
+    training.save(manager, global_step=3)
+    manager.wait(60)
+    assert steps(manager) == [2, 3]
+
+
 def test_the_best_link_stands_in_for_the_best_file(make: Callable[..., CheckpointManager]) -> None:
     """Where it is a copy of its own."""
     training, manager = Training(), make()

@@ -65,6 +65,7 @@ class WriterState:
     damaged: frozenset[int]
 
 
+_GONE = "its file is gone, so it is listed no more"
 _generations = itertools.count(1)
 _MOST_COMMITS = 2**61  # a save's number beyond what the registry may hold would lose it
 
@@ -93,6 +94,7 @@ class CheckpointDirectory:
         self.path = path
         self.retention, self.metric, self.mode = retention, metric, mode
         self.generation = next(_generations)
+        self.was_open = False  # for writing, at some time: the run is under way
         self._storage = storage
         self._lock_timeout_secs = lock_timeout_secs
         self._report_event = report
@@ -203,11 +205,7 @@ class CheckpointDirectory:
                 raise
             finally:
                 self._is_opening = False
-
-    @property
-    def was_open(self) -> bool:
-        """Whether it has been open for writing before, so that the run is under way."""
-        return self._run_id is not None
+            self.was_open = True
 
     def _check_place(self, run_id: str) -> None:
         """The directory was moved, removed or unmounted under the run: what is there now must be the same run's.
@@ -260,7 +258,7 @@ class CheckpointDirectory:
         if found.damage:
             self._set_aside(found.damage)
         for info in found.gone:
-            self._report(logging.WARNING, "recovered", str(info.filepath), "its file is gone, so it is listed no more")
+            self._report(logging.WARNING, "recovered", str(info.filepath), _GONE)
         for name in found.strangers:
             self._report(logging.INFO, "recovered", name, "not of this run: left alone")
         registry = self._finish_deletes(found, self._adopt(found))
@@ -495,7 +493,7 @@ class CheckpointDirectory:
                 pruned = self._delete(pruned, pruned.pending_deletes)
                 self._write(pruned)
             self._link_best()
-            self._registry = self._delete(pruned, pruned.pending_deletes)
+            self._registry = self._delete(self._own_registry(), pruned.pending_deletes)
         return dropped
 
     def _own_registry(self) -> Registry:
@@ -528,14 +526,17 @@ class CheckpointDirectory:
         self._registry, self._is_recorded = registry, True
 
     def _link_best(self) -> None:
-        """The registry is the truth; the link follows."""
-        best = self._own_registry().best
-        if best is not None and best.sequence != self._linked_best:
+        """The registry is the truth; the link follows. Of a best one that somebody has deleted it learns here."""
+        while (best := self._own_registry().best) is not None and best.sequence != self._linked_best:
             try:
                 self._storage.link(self.path_of(str(best.filepath)), self.path_of(BEST_NAME))
+                self._linked_best = best.sequence
+            except FileNotFoundError:
+                self._report(logging.WARNING, "recovered", str(best.filepath), _GONE)
+                registry = self._own_registry()
+                self._write(registry.with_checkpoints(info for info in registry.checkpoints if info is not best))
             except OSError as error:
                 raise OSError(error.errno, f"{BEST_NAME} can't be renewed: {error.strerror}") from error
-            self._linked_best = best.sequence
 
     def _delete(self, registry: Registry, pending: Sequence[PendingDelete]) -> Registry:
         """What could be deleted is off the list; the rest is tried again after the next save."""

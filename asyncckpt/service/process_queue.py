@@ -102,6 +102,7 @@ class ProcessQueue:
         self._lock = threading.RLock()  # reentrant, since signal handlers may save; held for moments
         self._entries: dict[int, _Entry | _Work] = {}
         self._numbers = itertools.count(1)
+        self._is_ready = False  # the process has said so
         self._num_failed_starts = 0
         self._has_given_up = False
         self._is_stopping = self._in_hurry = False
@@ -269,6 +270,7 @@ class ProcessQueue:
 
     def _start(self) -> WriterProcess:
         process = WriterProcess()
+        self._is_ready = False
         process.connection.send(messages.encode(self._setup))
         if self._in_hurry:
             process.connection.send(messages.encode(Hurry()))
@@ -348,7 +350,7 @@ class ProcessQueue:
 
     def _hear(self, message: FromWriter) -> None:
         if isinstance(message, Hello):
-            self._num_failed_starts = 0
+            self._is_ready, self._num_failed_starts = True, 0
         elif isinstance(message, Happened):
             self._emit(message.kind, os.fsdecode(message.path), message.detail)
         elif isinstance(message, messages.Logged):
@@ -415,8 +417,10 @@ class ProcessQueue:
         dead.wait()
         ending = dead.describe_end()
         self._report("writer_died", f"the writer process {dead.pid} {ending}")
-        self._num_failed_starts += 1
-        _count_death(unfinished)
+        if self._is_ready:
+            _count_death(unfinished)
+        else:  # it has not looked at an image yet
+            self._num_failed_starts += 1
         self._recover(unfinished)
         for entry in [entry for entry in unfinished if entry.num_deaths >= _MAX_DEATHS and not entry.is_settled]:
             message = f"{entry.path} was not saved: the writer process died {entry.num_deaths} times while writing it"

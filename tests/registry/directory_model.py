@@ -233,6 +233,11 @@ def _recorded(
     best = best_of(writer.whole(kept))
     index = _index(kept, dropped, last_sequence, best)
     states = [*first, disk.recording(index)]
+    while best is not None and best.sequence != writer.linked and best.name not in states[-1].files:
+        kept = [entry for entry in kept if entry != best]  # somebody has deleted it
+        best = best_of(writer.whole(kept))
+        index = _index(kept, dropped, last_sequence, best)
+        states.append(states[-1].recording(index))
     linked_states, linked = _linked(states[-1], best, writer.linked)
     states += linked_states
     acknowledged = len(states) - 1

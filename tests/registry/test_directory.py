@@ -292,6 +292,24 @@ def test_a_gone_file_is_listed_no_more(run: Run) -> None:
     run.assert_in_order()
 
 
+def test_a_best_file_that_goes_under_the_run(run: Run) -> None:
+    """Somebody has deleted it, and then it becomes the best: it is listed no more, the next best is, saves go on."""
+    run.directory.retention = KeepLast(4)
+    for step, loss in [(1, 0.6), (2, 0.5), (3, 0.4), (4, 0.3)]:
+        run.save(step, loss)
+    run.file(3).unlink()
+    run.file(4).rename(run.file(4).with_name("mine.pt"))
+    run.directory.note_damaged(run.directory.registry.checkpoints[-1])  # as a load would
+    run.save(5, 0.7)
+    assert run.best_step() == 2
+    assert ("recovered", "checkpoint_epoch0001_step00000003_loss0.4000.pt") in run.events
+    (run.path / "mine.pt").unlink()
+    run.restart()
+    run.save(6, 0.8)
+    assert run.steps() == [2, 5, 6]
+    run.assert_in_order()
+
+
 def test_a_gone_best_file_comes_back_from_its_link(run: Run) -> None:
     run.save(1, 0.4)
     run.save(2, 0.5)

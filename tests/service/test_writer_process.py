@@ -260,13 +260,21 @@ def test_a_process_that_can_not_be_started(place: Path, monkeypatch: pytest.Monk
 def test_a_process_that_dies_at_its_start(
     tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After three of them threads take over, in order, and nothing is lost; the log tells why."""
-    prelude = "raise ImportError('of the test')"
+    """After three of them threads take over, in order, and nothing is lost; the log tells why.
+
+    No save is to blame, though each of these writers has been given the first images.
+    """
+    (go := tmp_path / "go").touch()
+    prelude = f"import os, time\nwhile os.path.exists({str(go)!r}): time.sleep(0.01)\nraise ImportError('of the test')"
     monkeypatch.setattr(writer_process, "command", writer_command(tmp_path / "control", prelude=prelude))
     events: list[Event] = []
     training = Training()
     with CheckpointManager(place, 3, writer="process", save_rng=False, on_event=events.append) as manager:
-        handles = [training.save(manager) for _ in range(8)]
+        handles = [training.save(manager) for _ in range(2)]
+        for handle in handles:
+            handle.wait_staged(60)
+        go.unlink()
+        handles += [training.save(manager) for _ in range(6)]
         assert [handle.result(60).global_step for handle in handles] == list(range(1, 9))
         manager.wait(60)
         assert steps(manager) == recorded_steps(place) == [6, 7, 8]
