@@ -14,6 +14,7 @@ Each one is a `CheckpointError` and also the builtin that a caller would expect 
     ├── CheckpointWriteError       also OSError (errno is kept)
     ├── QueueFullError             also RuntimeError
     ├── SaverClosedError           also RuntimeError
+    ├── MissingExtraError          also ImportError
     └── WaitTimeoutError           also TimeoutError
 """
 
@@ -82,6 +83,10 @@ class QueueFullError(CheckpointError, RuntimeError):
 
 class SaverClosedError(CheckpointError, RuntimeError):
     """The saver was closed, or belongs to the process that forked this one."""
+
+
+class MissingExtraError(CheckpointError, ImportError):
+    """A package is needed that is not installed; the message names it."""
 
 
 class WaitTimeoutError(CheckpointError, TimeoutError):

@@ -30,6 +30,7 @@ from asyncckpt.errors import (
 from asyncckpt.image.file import verify_listed
 from asyncckpt.naming import BEST_NAME, checkpoint_name
 from asyncckpt.overhead import OverheadMeter
+from asyncckpt.paths import as_path
 from asyncckpt.policies import Progress, SavePolicy
 from asyncckpt.records import CheckpointInfo, Timings, VerifyReport, is_better
 from asyncckpt.registry.directory import CheckpointDirectory, Listing
@@ -42,7 +43,7 @@ from asyncckpt.state.capture import as_float, as_int, create_checkpoint, unwrap
 from asyncckpt.state.rng import capture_rng_states
 from asyncckpt.state.stateful import capture_stateful
 from asyncckpt.storage.bounded import BoundedStorage, NoAnswerError
-from asyncckpt.storage.local import LocalStorage
+from asyncckpt.storage.places import full_path
 from asyncckpt.threads import log_quietly
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class CheckpointManager:
     raised on all, by the same type. Everything else is done by any rank on its own.
 
     Args:
-        checkpoint_dir: a local directory; made by the first save.
+        checkpoint_dir: a directory, or a URL (`s3://bucket/run`); made by the first save.
         max_checkpoints: how many of the newest checkpoints to keep; the best one is kept besides.
         monitor_metric: "val_loss", "train_loss", or a name in `val_metrics`.
         monitor_mode: "min" if smaller is better, "max" if larger is.
@@ -103,7 +104,7 @@ class CheckpointManager:
             raise ValueError(f"monitor_mode must be 'min' or 'max', not {monitor_mode!r}")
         if not isinstance(monitor_metric, str) or not monitor_metric:
             raise ValueError(f"monitor_metric must be the name of a metric, not {monitor_metric!r}")
-        self.checkpoint_dir = _local_directory(checkpoint_dir)
+        self.checkpoint_dir = as_path(full_path(checkpoint_dir, "checkpoint_dir"))
         self.max_checkpoints = max_checkpoints
         self.monitor_metric = monitor_metric
         self.monitor_mode = monitor_mode
@@ -122,7 +123,7 @@ class CheckpointManager:
         self._max_opening_secs = lock_timeout_secs + self._saver.stall_timeout_secs
         self._directory = CheckpointDirectory(
             str(self.checkpoint_dir),
-            LocalStorage(),
+            self._saver.storage,
             retention=retention,
             metric=monitor_metric,
             mode=monitor_mode,
@@ -534,7 +535,7 @@ class CheckpointManager:
 
     def verify(self) -> list[VerifyReport]:
         """Read every byte of every checkpoint and check it. Blocks; changes nothing. A missing file is a problem."""
-        return [verify_listed(info.filepath) for info in self.list_checkpoints()]
+        return [verify_listed(self._saver.storage, str(info.filepath)) for info in self.list_checkpoints()]
 
     def prune(self, retention: RetentionPolicy | None = None, *, dry_run: bool = False) -> list[CheckpointInfo]:
         """Apply the retention policy (or another one) now; the checkpoints that were deleted.
@@ -625,12 +626,3 @@ def _run(action: Callable[[], object]) -> None:
 
 def _nothing() -> None:
     pass
-
-
-def _local_directory(path: str | os.PathLike[str]) -> Path:
-    name = os.fspath(path)
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise ValueError(f"checkpoint_dir must be the path of a directory, not {name!r}")
-    if "://" in name:
-        raise CheckpointError(f"{name}: this version saves to and loads from local paths only")
-    return Path(os.path.abspath(name))

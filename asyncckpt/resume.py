@@ -8,14 +8,13 @@ import operator
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, SupportsIndex
 
 import torch
 
 from asyncckpt.distributed.ranks import OtherRankError, Ranks
 from asyncckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
-from asyncckpt.image.file import open_checkpoint
+from asyncckpt.image.file import file_path
 from asyncckpt.image.load import Loaded, load_to_restore
 from asyncckpt.naming import BEST_NAME
 from asyncckpt.records import CheckpointInfo
@@ -130,9 +129,9 @@ class Resume:
             steps = ", ".join(str(info.global_step) for info in found.registry.checkpoints) or "none"
             raise CheckpointNotFoundError(f"{self._directory.path} has no checkpoint of step {step}; it has {steps}")
         name = os.fspath(checkpoint)
-        in_directory = Path(self._directory.path) / name
-        is_bare = os.path.basename(name) == name
-        return str(in_directory) if is_bare and in_directory.exists() else os.path.abspath(name), None
+        if os.path.basename(name) == name and self._directory.has_file(name):
+            return self._directory.path_of(name), None
+        return file_path(name), None
 
     def _restore_first(
         self, choose: Callable[[Survey], list[_Candidate]], target: Target, what: str
@@ -203,7 +202,13 @@ class Resume:
         weights_only = self._weights_only if target.weights_only is None else target.weights_only
         try:
             checkpoint, taken = ranks.on_all(
-                lambda: _read(path, expected, lambda loaded: target.take(loaded, ranks), weights_only=weights_only)
+                lambda: _read(
+                    self._directory,
+                    path,
+                    expected,
+                    lambda loaded: target.take(loaded, ranks),
+                    weights_only=weights_only,
+                )
             )
         except Exception as error:
             if _is_unreadable(error):
@@ -251,13 +256,18 @@ def check_names(stateful: Mapping[str, Any] | None, rank_stateful: Mapping[str, 
 
 
 def _read(
-    path: str, expected: _Candidate | None, take: Callable[[Loaded], dict[str, Any]], *, weights_only: bool
+    directory: CheckpointDirectory,
+    path: str,
+    expected: _Candidate | None,
+    take: Callable[[Loaded], dict[str, Any]],
+    *,
+    weights_only: bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Load a checkpoint's file, and take from it while it is open; the checkpoint, and what was taken.
 
     One that the registry named must be what it says, and is not looked for by a link.
     """
-    with open_checkpoint(path, follow_links=expected is None) as reader:
+    with directory.open_to_load(path, follow_links=expected is None) as reader:
         loaded = load_to_restore(reader, path, weights_only=weights_only)
         if expected is not None:
             expected.check(read_description(loaded.metadata, reader.num_bytes))

@@ -117,7 +117,9 @@ def measure_writer(num_repeats: int, scratch: Path, tell: Callable[[str], None])
 def _secs_until_ready() -> float:
     started = time.perf_counter()
     process = WriterProcess()
-    setup = messages.Setup(num_workers=1, nice=10, retries=2, verify_after_save=False, stall_timeout_secs=60)
+    setup = messages.Setup(
+        num_workers=1, nice=10, retries=2, verify_after_save=False, stall_timeout_secs=60, storage_options={}
+    )
     process.connection.send(messages.encode(setup))
     received = process.connection.receive()
     assert received is not None

@@ -42,7 +42,8 @@ from asyncckpt import (
     StorageBusyError,
     UnsafeCheckpointError,
 )
-from asyncckpt.image.file import open_checkpoint
+from asyncckpt.image.file import open_to_load
+from asyncckpt.storage.base import Storage
 
 
 class Training:
@@ -875,14 +876,14 @@ def test_pruned_under_a_reader(make: Callable[..., CheckpointManager], monkeypat
     writer.wait(60)
     reader, opened = make(), []
 
-    def prune_first(path: str, **options: Any) -> Any:
+    def prune_first(storage: Storage, path: str, **options: Any) -> Any:
         opened.append(os.path.basename(path))
         if len(opened) == 1:
             training.save(writer, global_step=3, val_loss=3.0)
             writer.wait(60)
-        return open_checkpoint(path, **options)
+        return open_to_load(storage, path, **options)
 
-    monkeypatch.setattr("asyncckpt.resume.open_checkpoint", prune_first)
+    monkeypatch.setattr("asyncckpt.registry.directory.open_to_load", prune_first)
     assert reader.load_latest(training.model)[1]["global_step"] == 3
     assert [name.split("_")[2] for name in opened] == ["step00000002", "step00000003"]
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from asyncckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
-from asyncckpt.image.file import local_path, open_checkpoint
+from asyncckpt.image.file import file_path, open_to_load
 from asyncckpt.image.verify import read_archive, read_metadata
+from asyncckpt.storage.places import Places
 
 KeyPath = tuple[object, ...]
 
@@ -44,8 +45,8 @@ def load_mapped(path: str) -> MappedCheckpoint:
     Checksums are not looked at. Raises `CheckpointNotFoundError`, `CorruptCheckpointError`, `UnsafeCheckpointError`,
     and OSError when the file can't be read.
     """
-    name = local_path(path)
-    with open_checkpoint(name) as reader:
+    name = file_path(path)
+    with open_to_load(Places(), name) as reader:
         try:
             read_archive(reader)  # torch believes whatever the directory says about places
         except CorruptCheckpointError as error:

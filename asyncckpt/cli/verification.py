@@ -11,7 +11,7 @@ from rich.console import Console
 
 from asyncckpt.cli.output import clean, format_bytes, format_count, progress_bar
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
-from asyncckpt.image.file import local_path, open_checkpoint
+from asyncckpt.image.file import file_path, open_checkpoint
 from asyncckpt.image.verify import default_num_threads, verify_reader
 from asyncckpt.naming import BEST_NAME, REGISTRY_NAME, is_checkpoint_name
 from asyncckpt.records import VerifyReport
@@ -19,6 +19,7 @@ from asyncckpt.registry.recovery import read_registry
 from asyncckpt.storage import system_calls
 from asyncckpt.storage.base import Reader
 from asyncckpt.storage.local import LocalStorage
+from asyncckpt.storage.places import Places
 
 Advance = Callable[[int], None]
 
@@ -123,7 +124,7 @@ def _without_second_names(paths: Sequence[str]) -> list[str]:
 
 def _verify(path: str, advance: Advance, *, follow_links: bool = True) -> VerifyReport:
     try:
-        with open_checkpoint(local_path(path), follow_links=follow_links) as reader:
+        with open_checkpoint(Places(), file_path(path), follow_links=follow_links) as reader:
             return verify_reader(_CountingReader(reader, advance), path, num_threads=default_num_threads())
     except CorruptCheckpointError as error:  # a directory or a device of that name
         return VerifyReport(path, 0, 0, (str(error),), None)

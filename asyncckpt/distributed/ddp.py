@@ -10,11 +10,12 @@ import torch
 from asyncckpt.distributed.ranks import Ranks
 from asyncckpt.distributed.sharding import check_replicated
 from asyncckpt.errors import CheckpointError
-from asyncckpt.image.file import local_path, open_checkpoint
+from asyncckpt.image.file import file_path, open_to_load
 from asyncckpt.image.load import load_to_restore
 from asyncckpt.service.default import save
 from asyncckpt.state.capture import as_int, unwrap
 from asyncckpt.state.restore import restore_checkpoint, taken_apart
+from asyncckpt.storage.places import Places
 
 
 def save_distributed_checkpoint(
@@ -71,8 +72,8 @@ def load_distributed_checkpoint(
 
 
 def _read(filepath: str | os.PathLike[str]) -> dict[str, Any]:
-    name = local_path(filepath)
-    with open_checkpoint(name) as reader:
+    name = file_path(filepath)
+    with open_to_load(Places(), name) as reader:
         loaded = load_to_restore(reader, name)
         if not isinstance(loaded.state, dict) or not loaded.state.keys() >= {"model_state_dict", "epoch"}:
             raise CheckpointError(f"{os.fspath(filepath)!r} is whole, but has no model_state_dict and epoch")

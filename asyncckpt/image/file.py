@@ -4,55 +4,55 @@ from __future__ import annotations
 
 import errno
 import os
-import re
+from collections.abc import Mapping
+from typing import Any
 
-from asyncckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+from asyncckpt.image.fetch import fetch
 from asyncckpt.image.verify import default_num_threads, verify_reader
 from asyncckpt.records import VerifyReport
-from asyncckpt.storage.local import LocalReader, LocalStorage
+from asyncckpt.storage.base import Reader, Storage
+from asyncckpt.storage.local import LocalReader
+from asyncckpt.storage.places import Places, full_path
 
 
-def verify(path: str | os.PathLike[str]) -> VerifyReport:
+def verify(path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> VerifyReport:
     """Read every byte of a checkpoint and check it. Blocks; thread-safe; loads nothing, runs nothing.
 
     A damaged file is a report with problems, not an exception. Raises `CheckpointNotFoundError`, and OSError when
     reading fails.
     """
-    return _verify(local_path(path), follow_links=True)
+    return _verify(Places(storage_options), file_path(path), follow_links=True)
 
 
-def verify_listed(path: str | os.PathLike[str]) -> VerifyReport:
+def verify_listed(storage: Storage, path: str) -> VerifyReport:
     """As `verify`, of a file that a registry named: what is no file, or can't be read, is a problem too."""
     try:
-        return _verify(local_path(path), follow_links=False)
+        return _verify(storage, path, follow_links=False)
     except (OSError, CorruptCheckpointError) as error:
-        return VerifyReport(str(path), 0, 0, (str(error),), None)
+        return VerifyReport(path, 0, 0, (str(error),), None)
 
 
-def _verify(name: str, *, follow_links: bool) -> VerifyReport:
-    with open_checkpoint(name, follow_links=follow_links) as reader:
-        return verify_reader(reader, name, num_threads=default_num_threads())
+def _verify(storage: Storage, path: str, *, follow_links: bool) -> VerifyReport:
+    with open_checkpoint(storage, path, follow_links=follow_links) as reader:
+        return verify_reader(reader, path, num_threads=default_num_threads())
 
 
-def local_path(path: str | os.PathLike[str]) -> str:
-    """The absolute form of a path on this machine."""
+def file_path(path: str | os.PathLike[str]) -> str:
+    """The full path of a checkpoint's file, on this machine or as a URL."""
     name = os.fspath(path)
-    if not isinstance(name, str):
-        raise TypeError(f"a checkpoint's path is a str or a Path, not {type(name).__name__}")
-    if not name or name.endswith(os.sep) or "\0" in name:
+    if isinstance(name, str) and name.endswith(os.sep):
         raise ValueError(f"a checkpoint's path names a file, not {name!r}")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name):
-        raise CheckpointError(f"{name}: this version saves to and loads from local paths only")
-    return os.path.abspath(name)
+    return full_path(name)
 
 
-def open_checkpoint(path: str, *, follow_links: bool = True) -> LocalReader:
+def open_checkpoint(storage: Storage, path: str, *, follow_links: bool = True) -> Reader:
     """Open for reading. Raises `CheckpointNotFoundError`, and `CorruptCheckpointError` for what is no file.
 
     With `follow_links=False` that is a symbolic link too: the name came from a file, not from the user.
     """
     try:
-        return LocalStorage().open(path, follow_links=follow_links)
+        return storage.open(path, follow_links=follow_links)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFoundError(f"there is no checkpoint at {path}") from error
     except OSError as error:
@@ -61,3 +61,12 @@ def open_checkpoint(path: str, *, follow_links: bool = True) -> LocalReader:
         if error.errno == errno.ELOOP:
             raise CorruptCheckpointError(f"{path} is a symbolic link, which may lead anywhere: not followed") from error
         raise
+
+
+def open_to_load(storage: Storage, path: str, *, follow_links: bool = True) -> LocalReader:
+    """As `open_checkpoint`, a file that can be mapped: one from elsewhere is fetched into memory first."""
+    reader = open_checkpoint(storage, path, follow_links=follow_links)
+    if isinstance(reader, LocalReader):
+        return reader
+    with reader:
+        return fetch(reader)

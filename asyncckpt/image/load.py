@@ -18,12 +18,13 @@ import torch
 
 from asyncckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
 from asyncckpt.image.checked_file import CheckedFile
-from asyncckpt.image.file import local_path, open_checkpoint
+from asyncckpt.image.file import file_path, open_to_load
 from asyncckpt.image.mapped_file import MappedFile
 from asyncckpt.image.payloads import Payloads
 from asyncckpt.image.verify import default_num_threads, verify_payloads
 from asyncckpt.storage.base import Reader
 from asyncckpt.storage.local import LocalReader
+from asyncckpt.storage.places import Places
 
 MapLocation = Callable[[Any, str], Any] | torch.device | str | dict[str, str] | None
 
@@ -44,15 +45,17 @@ def load(
     *,
     weights_only: bool = True,
     mmap: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Load a checkpoint after checking every byte of it. Blocks; thread-safe.
 
-    Takes files of asyncckpt and of torch.save. On the CPU plain tensors are mapped from the file, privately: writing to
-    them never changes it, and replacing or deleting the file does not disturb them. What changes the file in place
-    while it is loaded is found; later it would change tensors that were not looked at yet, and truncating it would end
-    the process. `mmap=False` reads tensors into memory instead, each against its checksum: then nothing that happens to
-    the file matters any more. So are all of another `map_location` (torch.load's; the default puts everything on the
-    CPU), and files with tensors that torch looks at to load them (sparse, quantized).
+    Takes files of asyncckpt and of torch.save, by a path or a URL (`s3://bucket/run/step100.pt`, opened with fsspec's
+    `storage_options`), whose file is fetched into memory first. On the CPU plain tensors are mapped from the file,
+    privately: writing to them never changes it, and replacing or deleting the file does not disturb them. What changes
+    the file in place while it is loaded is found; later it would change tensors that were not looked at yet, and
+    truncating it would end the process. `mmap=False` reads tensors into memory instead, each against its checksum: then
+    nothing that happens to the file matters any more. So are all of another `map_location` (torch.load's; the default
+    puts everything on the CPU), and files with tensors that torch looks at to load them (sparse, quantized).
 
     With `weights_only` (the default) nothing in the file can run code; `weights_only=False` unpickles freely, so use it
     only for files whose author you trust.
@@ -60,8 +63,8 @@ def load(
     Raises `CheckpointNotFoundError`, `CorruptCheckpointError` (naming the record), `UnsafeCheckpointError` (naming what
     the file wanted to call), and OSError when reading fails.
     """
-    name = local_path(path)
-    with open_checkpoint(name) as reader:
+    name = file_path(path)
+    with open_to_load(Places(storage_options), name) as reader:
         return load_from(reader, name, map_location, weights_only=weights_only, mmap=mmap).state
 
 

@@ -26,8 +26,10 @@ from asyncckpt.errors import (
     remedy,
 )
 from asyncckpt.events import EventKind
+from asyncckpt.image.file import open_to_load
 from asyncckpt.image.verify import default_num_threads, verify_reader
 from asyncckpt.naming import BEST_NAME, REGISTRY_NAME, numbered_name
+from asyncckpt.paths import as_path
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry import turns
 from asyncckpt.registry.recovery import Survey, describe_file, file_of, survey
@@ -40,6 +42,7 @@ from asyncckpt.registry.registry import (
 )
 from asyncckpt.registry.retention import RetentionPolicy, retained
 from asyncckpt.storage.base import Lock, Reader, Storage
+from asyncckpt.storage.local import LocalReader
 from asyncckpt.threads import log_quietly
 
 Report = Callable[[EventKind, str, str], None]
@@ -61,6 +64,7 @@ class WriterState:
 
     registry: Registry
     is_recorded: bool
+    version: str  # of registry.json
     linked_best: int | None
     damaged: frozenset[int]
 
@@ -107,6 +111,7 @@ class CheckpointDirectory:
         self._writing = threading.Lock()  # guards the writer's steps; the registry is a value, replaced whole
         self._registry: Registry | None = None  # the writer's; what was committed but could not be recorded is in it
         self._is_recorded = False  # registry.json says the same
+        self._version = ""  # of registry.json, where storage has versions: nobody else's is overwritten
         self._linked_best: int | None = None
         self._strangers: frozenset[str] = frozenset()
         self._damaged: frozenset[int] = frozenset()
@@ -163,9 +168,19 @@ class CheckpointDirectory:
         if info.sequence is not None:
             self._damaged |= {info.sequence}
 
+    def has_file(self, name: str) -> bool:
+        """Whether there is such a file now."""
+        with contextlib.suppress(OSError), self._storage.open(self.path_of(name)):
+            return True
+        return False
+
+    def open_to_load(self, path: str, *, follow_links: bool = True) -> LocalReader:
+        """A checkpoint's file, that can be mapped."""
+        return open_to_load(self._storage, path, follow_links=follow_links)
+
     def locate(self, info: CheckpointInfo) -> CheckpointInfo:
         """The same checkpoint with the whole path of its file."""
-        return replace(info, filepath=Path(self.path) / info.filepath)
+        return replace(info, filepath=as_path(self.path) / info.filepath)
 
     # --- opening for writing ---
 
@@ -173,6 +188,8 @@ class CheckpointDirectory:
         """Whether it is (still) open for writing; if so, `reserve` knows from now on which names are there. Blocks."""
         if not self.is_open:
             return False
+        if not self._storage.is_near(self.path):
+            return True  # the commit says whether there is somebody else's file
         with contextlib.suppress(OSError):
             self._names = frozenset(self._storage.list_names(self.path))
         return True
@@ -250,8 +267,9 @@ class CheckpointDirectory:
 
     def _recover(self) -> None:
         self.generation = next(_generations)
-        for path in self._storage.sweep(self.path):
+        for path in self._storage.sweep(self.path, has_lock=True):
             self._report(logging.WARNING, "swept", os.path.basename(path), "left by a writer that died")
+        self._version = self._storage.version(self.path_of(REGISTRY_NAME))
         found = survey(self._storage, self.path, self.metric, self.mode, every_file=True)
         if found.registry.last_sequence > _MOST_COMMITS:
             raise RegistryError(f"{self.path} can't be written to: its checkpoints' numbers are beyond all reason")
@@ -349,20 +367,20 @@ class CheckpointDirectory:
         Takes no lock: a signal handler may save, and so ask, in the middle of this.
         """
         registry = self._own_registry()
-        return WriterState(registry, self._is_recorded, self._linked_best, self._damaged)
+        return WriterState(registry, self._is_recorded, self._version, self._linked_best, self._damaged)
 
-    def share_lock(self) -> int:
-        """The lock's descriptor, for the process that is to hold it too."""
+    def share_lock(self) -> int | bytes:
+        """What to send to the process that is to hold the lock too: a descriptor, or plain bytes."""
         if self._lock is None:
             raise CheckpointError(f"{self.path} is not open for writing any more")
         return self._lock.share()
 
-    def take_over(self, state: WriterState, lock_fd: int) -> None:
+    def take_over(self, state: WriterState, lock: int | bytes) -> None:
         """In that process: be the writer from here on. Changes nothing in the directory."""
         with self._writing:
             if self._lock is not None:
                 self._lock.release()
-            self._lock = self._storage.receive_lock(self.path, lock_fd)
+            self._lock = self._storage.receive_lock(self.path, lock)
             self._device = self._storage.device(self.path)
             self._set_state(state)
 
@@ -372,7 +390,7 @@ class CheckpointDirectory:
             self._set_state(replace(state, damaged=state.damaged | self._damaged))
 
     def _set_state(self, state: WriterState) -> None:
-        self._registry, self._is_recorded = state.registry, state.is_recorded
+        self._registry, self._is_recorded, self._version = state.registry, state.is_recorded, state.version
         self._linked_best, self._damaged = state.linked_best, state.damaged
         self._reserved -= {str(info.filepath) for info in state.registry.checkpoints}
 
@@ -443,7 +461,7 @@ class CheckpointDirectory:
             if not self.is_open:
                 self._check_place(registry.run_id)
             contents = encode_registry(registry)
-            upload = self._storage.begin(self.path_of(REGISTRY_NAME), len(contents))
+            upload = self._storage.begin(self.path_of(REGISTRY_NAME), len(contents), expected=self._version)
             try:
                 upload.write(0, memoryview(contents))
                 upload.sync()
@@ -455,6 +473,7 @@ class CheckpointDirectory:
                     raise
                 self._registry, self._is_recorded = registry, False
                 upload.commit()
+                self._version = upload.version
                 upload.close()
             except BaseException:
                 upload.abort()
@@ -522,7 +541,8 @@ class CheckpointDirectory:
         return bare.keeping(kept), [info for info in bare.checkpoints if info.sequence not in kept]
 
     def _write(self, registry: Registry) -> None:
-        self._storage.replace(self.path_of(REGISTRY_NAME), encode_registry(registry))
+        path = self.path_of(REGISTRY_NAME)
+        self._version = self._storage.replace(path, encode_registry(registry), expected=self._version)
         self._registry, self._is_recorded = registry, True
 
     def _link_best(self) -> None:

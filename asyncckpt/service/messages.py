@@ -14,6 +14,7 @@ import msgspec
 
 from asyncckpt.errors import CheckpointError, CheckpointWriteError, CorruptCheckpointError
 from asyncckpt.events import EventKind
+from asyncckpt.paths import as_path
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.directory import WriterState
 from asyncckpt.registry.retention import PlainPolicy
@@ -34,6 +35,7 @@ class Setup(Message, frozen=True):
     retries: int
     verify_after_save: bool
     stall_timeout_secs: float
+    storage_options: dict[str, Any]
 
 
 class ShareArena(Message, frozen=True):
@@ -49,7 +51,7 @@ class ForgetArena(Message, frozen=True):
 
 
 class Grant(Message, frozen=True):
-    """Be the writer of a directory, with its lock; a higher generation takes the place of a lower."""
+    """Be the writer of a directory, with its lock or the lock's descriptor; a higher generation counts for a lower."""
 
     directory: int
     generation: int
@@ -58,6 +60,7 @@ class Grant(Message, frozen=True):
     metric: str | None
     mode: str | None
     state: WriterState
+    lock: bytes | None
 
 
 class PlannedListing(msgspec.Struct, frozen=True):
@@ -199,7 +202,7 @@ def _encode_other(value: object) -> object:
 
 def _decode_other(kind: type, value: object) -> object:
     if kind is Path and isinstance(value, bytes):
-        return Path(os.fsdecode(value))
+        return as_path(os.fsdecode(value))
     raise NotImplementedError(kind)
 
 

@@ -306,6 +306,7 @@ class ProcessQueue:
         number, generation = id(directory), directory.generation
         if process.generations.get(number) == generation:
             return
+        lock = directory.share_lock()
         grant = Grant(
             directory=number,
             generation=generation,
@@ -314,8 +315,9 @@ class ProcessQueue:
             metric=directory.metric,
             mode=directory.mode,
             state=directory.state,
+            lock=lock if isinstance(lock, bytes) else None,
         )
-        process.connection.send(messages.encode(grant), (directory.share_lock(),))
+        process.connection.send(messages.encode(grant), (lock,) if isinstance(lock, int) else ())
         process.generations[number] = generation
 
     def _send_image(self, entry: _Entry, process: WriterProcess) -> None:

@@ -22,7 +22,7 @@ import torch
 
 from asyncckpt.errors import CheckpointWriteError, SaverClosedError, UnsafeCheckpointError, WaitTimeoutError
 from asyncckpt.events import Event, EventKind
-from asyncckpt.image.file import local_path
+from asyncckpt.image.file import file_path
 from asyncckpt.image.plan import Plan, find_unsafe, plan_state
 from asyncckpt.image.snapshot import SNAPSHOT_MODES, Snapshot, SnapshotMode, Snapshotter
 from asyncckpt.image.staging import copy_threads
@@ -37,7 +37,7 @@ from asyncckpt.service.messages import Setup
 from asyncckpt.service.process_queue import ProcessQueue
 from asyncckpt.service.queue import Emit, SaveQueue, Submission
 from asyncckpt.service.writer_process import why_not
-from asyncckpt.storage.local import LocalStorage
+from asyncckpt.storage.places import Places
 from asyncckpt.threads import ThreadGroup, log_quietly
 from asyncckpt.version import __version__
 
@@ -72,6 +72,7 @@ class SaverOptions(TypedDict, total=False):
     stall_timeout_secs: float
     exit_timeout_secs: float
     exit_code: int | None
+    storage_options: Mapping[str, Any] | None
 
 
 @dataclass
@@ -106,8 +107,8 @@ class AsyncCheckpointSaver:
         snapshot: "copy" stages everything before `save` returns; "overlap" stages what only `optimizer.step` writes in
             the background, and holds the next step until that is done.
         writer: "thread" writes in threads of this process; "process" in a light child process, which has a GIL of its
-            own and finishes what is staged when this process is killed. "auto" is "thread" for local paths, until a
-            `PreemptionGuard` asks for the process.
+            own and finishes what is staged when this process is killed. "auto" is "thread" until a URL is saved to, or
+            a `PreemptionGuard` asks for the process.
         max_in_flight: how many saves may be under way, each with an image of the state in memory.
         when_full: what `save` does when there is no room: "block", "skip" (the handle is settled and `skipped`), or
             "raise" (`QueueFullError`).
@@ -126,6 +127,7 @@ class AsyncCheckpointSaver:
         exit_timeout_secs: how long the interpreter's exit, or that of a `with` block, may be held up for what is still
             in flight.
         exit_code: the process's exit code if that fails while it would have been 0; None leaves it alone.
+        storage_options: how to open what a URL names, as fsspec's filesystem for it takes them.
     """
 
     def __init__(
@@ -147,6 +149,7 @@ class AsyncCheckpointSaver:
         stall_timeout_secs: float = 60.0,
         exit_timeout_secs: float = 600.0,
         exit_code: int | None = 74,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         _check_choice("snapshot", snapshot, SNAPSHOT_MODES)
         _check_choice("writer", writer, WRITER_KINDS)
@@ -182,12 +185,13 @@ class AsyncCheckpointSaver:
 
         self._admission = Admission(max_in_flight, when_full)
         self._writer = writer
-        self._setup = Setup(num_workers, nice, retries, verify_after_save, stall_timeout_secs)
+        self.storage = Places(storage_options)
+        self._setup = Setup(num_workers, nice, retries, verify_after_save, stall_timeout_secs, self.storage.options)
         self._is_left = False  # to the writer process
         with contextlib.ExitStack() as started:  # there may be no memory for one more thread
             started.callback(self._callbacks.stop)
             self._queue: SaveQueue | ProcessQueue = SaveQueue(
-                LocalStorage(),
+                self.storage,
                 num_workers,
                 nice=nice,
                 retries=retries,
@@ -226,8 +230,8 @@ class AsyncCheckpointSaver:
 
         Args:
             checkpoint: what torch.save takes: tensors on any device, containers, any picklable object.
-            filepath: a local path. Missing directories are made. What is there is replaced in one act; a symbolic link
-                is replaced by the file.
+            filepath: a path, or a URL (`s3://bucket/run/step100.pt`). Missing directories are made. What is there is
+                replaced in one act; a symbolic link is replaced by the file.
             optimizers: whose parameters and state may be staged late ("overlap" only).
             modules: the models that they train, so that `load_state_dict` waits too, and what writes weights in forward
                 is noticed.
@@ -240,7 +244,7 @@ class AsyncCheckpointSaver:
             CheckpointWriteError: the last `max_consecutive_failures` saves failed.
             SaverClosedError: the saver is closed, or belongs to another process.
         """
-        return self._save(_Request(checkpoint, local_path(filepath), optimizers, modules, metadata))
+        return self._save(_Request(checkpoint, file_path(filepath), optimizers, modules, metadata))
 
     def save_listed(
         self,
@@ -414,6 +418,8 @@ class AsyncCheckpointSaver:
     def _save(self, request: _Request) -> SaveHandle:
         started = time.perf_counter()
         self.check_usable()
+        if not self.storage.is_near(request.path):
+            self.use_writer_process()  # a network is no business of a process whose GIL is busy
         handle = SaveHandle(request.path, self._callbacks.put)
         place: Place | None = None
         snapshot: Snapshot | None = None
@@ -424,7 +430,8 @@ class AsyncCheckpointSaver:
             plan = self._plan(request, handle.timings)
             limit = self._limit()
             streaming = plan.layout.num_bytes > limit
-            window = window_bytes(limit) if streaming else plan.layout.num_bytes
+            piece_bytes = self.storage.piece_bytes(request.path, plan.layout.num_bytes)
+            window = window_bytes(limit, piece_bytes) if streaming else plan.layout.num_bytes
             if not place.reserve(window, limit):
                 place.leave()
                 return self._skip(handle)

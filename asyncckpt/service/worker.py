@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
-from pathlib import Path
 
 from asyncckpt.errors import CheckpointError, CheckpointWriteError, CorruptCheckpointError, remedy
 from asyncckpt.image.checksum import ImageSource, Piece
 from asyncckpt.image.verify import verify_reader
+from asyncckpt.paths import as_path
 from asyncckpt.records import CheckpointInfo, Timings
 from asyncckpt.registry.directory import Listing
 from asyncckpt.service.watchdog import Watch
@@ -110,7 +110,7 @@ def _commit(job: Job, upload: Upload) -> CheckpointInfo:
     if job.listing is None:
         _commit_upload(job, upload)
         timestamp = datetime.now(timezone.utc).isoformat()
-        return CheckpointInfo(Path(job.path), num_bytes=job.source.num_bytes, timestamp=timestamp)
+        return CheckpointInfo(as_path(job.path), num_bytes=job.source.num_bytes, timestamp=timestamp)
     directory = job.listing.directory
     listing = replace(job.listing, info=replace(job.listing.info, num_bytes=job.source.num_bytes))
     # No closure: in the frames of an error's traceback, cleared or not, it would keep the image alive.
@@ -144,7 +144,10 @@ def _write_window(upload: Upload, window: Iterator[Piece], writers: ThreadGroup,
 
 
 def _read_back(path: str, upload: Upload) -> None:
-    with upload.reader() as reader:
+    reader = upload.reader()
+    if reader is None:
+        return  # the storage has checked every piece
+    with reader:
         report = verify_reader(reader, path)
     if not report.ok:
         raise CorruptCheckpointError(f"{path}: what was written does not read back: {report.problems[0]}")

@@ -50,7 +50,7 @@ from asyncckpt.service.messages import (
     plain_text,
 )
 from asyncckpt.service.queue import SaveQueue, Submission
-from asyncckpt.storage.local import LocalStorage
+from asyncckpt.storage.places import Places
 from asyncckpt.threads import logger, lower_priority
 
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -159,6 +159,7 @@ class Writer:
         self._is_orphan = False
         self._is_over = False  # the trainer needs us no more, and lives on
         self._queue: SaveQueue | None = None
+        self._storage = Places()
         self._arenas: dict[int, Arena] = {}
         self._directories: dict[int, tuple[int, CheckpointDirectory]] = {}
         self._images: dict[int, RemoteImage] = {}  # of saves that are not settled
@@ -217,8 +218,9 @@ class Writer:
         message = messages.decode_to_writer(body)
         if isinstance(message, Setup):
             step_back(message.nice)
+            self._storage = Places(message.storage_options)
             self._queue = SaveQueue(
-                LocalStorage(),
+                self._storage,
                 message.num_workers,
                 nice=0,
                 retries=message.retries,
@@ -233,7 +235,7 @@ class Writer:
             if (arena := self._arenas.pop(message.arena, None)) is not None:
                 arena.close()
         elif isinstance(message, Grant):
-            self._be_writer(message, fds.pop())
+            self._be_writer(message, fds.pop() if message.lock is None else message.lock)
         elif isinstance(message, Submit):
             self._submit(message)
         elif isinstance(message, Staged):
@@ -261,22 +263,23 @@ class Writer:
         else:
             self._arenas[number] = Arena.received(fd)
 
-    def _be_writer(self, grant: Grant, lock_fd: int) -> None:
+    def _be_writer(self, grant: Grant, lock: int | bytes) -> None:
         generation, directory = self._directories.get(grant.directory, (0, None))
         if grant.generation <= generation:
-            os.close(lock_fd)
+            if isinstance(lock, int):
+                os.close(lock)
             return
         if directory is not None:
             directory.close()
         directory = CheckpointDirectory(
             os.fsdecode(grant.path),
-            LocalStorage(),
+            self._storage,
             retention=from_plain(grant.retention) if grant.retention is not None else None,
             metric=grant.metric,
             mode=grant.mode,
             report=self._emit,
         )
-        directory.take_over(grant.state, lock_fd)
+        directory.take_over(grant.state, lock)
         self._directories[grant.directory] = (grant.generation, directory)
 
     def _submit(self, message: Submit) -> None:

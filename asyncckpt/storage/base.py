@@ -13,33 +13,45 @@ from contextlib import contextmanager
 from types import TracebackType
 
 
+class ConflictError(FileExistsError):
+    """What is at the path is not the version that was expected there: somebody else has written it."""
+
+
 class Upload(ABC):
     """One file on its way: invisible at its path until `commit`. `write` is thread-safe, the rest is not.
 
-    `piece_bytes` is how large the writes should be, `num_threads` how many may usefully run at once. Any error leaves
-    the upload fit only for `abort`.
+    `piece_bytes` is how large the writes are, `num_threads` how many may usefully run at once. `version` is the
+    committed file's, after `commit`. Any error leaves the upload fit only for `abort`.
     """
 
     piece_bytes: int
     num_threads: int
+    version: str = ""
 
     @abstractmethod
     def write(self, offset: int, view: memoryview) -> None:
-        """Write all of `view` at `offset`. Blocks. Every byte of the file is written exactly once."""
+        """Write all of `view` at `offset`, a multiple of `piece_bytes`; all views but the last are that long. Blocks.
+
+        Every byte of the file is written exactly once, in any order.
+        """
 
     @abstractmethod
     def sync(self) -> None:
         """Make the contents durable. Blocks."""
 
     @abstractmethod
-    def reader(self) -> Reader:
-        """Read back what was written, before it is committed."""
+    def reader(self) -> Reader | None:
+        """Read back what was written, before it is committed.
+
+        None where that can't be had, and the storage itself has held every piece against its checksum.
+        """
 
     @abstractmethod
     def commit(self) -> None:
         """Make the synced file visible at its path, replacing what was there, in one act; durable on return. Blocks.
 
-        After an OSError the path holds the old file or the new one, each whole; the new one may not be durable.
+        After an OSError the path holds the old file or the new one, each whole; the new one may not be durable. Raises
+        `ConflictError` if it is not the version that was expected which it would replace.
         """
 
     @abstractmethod
@@ -64,9 +76,13 @@ def committing(upload: Upload) -> Iterator[Upload]:
 
 
 class Reader(ABC):
-    """One open file: it stays the same file whatever is renamed or deleted around it. Thread-safe but for `close`."""
+    """One open file: what is read is of one version, whatever is renamed or deleted around it, or an OSError (ESTALE).
+
+    Thread-safe but for `close`.
+    """
 
     num_bytes: int
+    version: str = ""
 
     @abstractmethod
     def read_into(self, offset: int, view: memoryview) -> None:
@@ -95,20 +111,20 @@ class Lock(ABC):
 
     Neither forked children nor other programs that this process starts inherit it. It may be shared with another
     process, by sending it `share()` and `Storage.receive_lock` there: then it lasts until `release`, or until both have
-    ended.
+    ended. Storage without locks of its own has claims, which outlast a dead holder for some seconds.
     """
 
     @abstractmethod
     def is_intact(self) -> bool:
-        """Whether it still guards the directory at its path, which somebody may have moved or removed."""
+        """Whether it still guards the directory at its path, which somebody may have moved, removed or taken over."""
 
     @abstractmethod
     def describe(self, holder: str) -> None:
         """Tell others who has it. Never raises OSError: it is a courtesy."""
 
     @abstractmethod
-    def share(self) -> int:
-        """The descriptor to send to the process that is to hold it too; it stays ours."""
+    def share(self) -> int | bytes:
+        """What to send to the process that is to hold it too: a descriptor, which stays ours, or plain bytes."""
 
     @abstractmethod
     def inherit(self) -> None:
@@ -123,14 +139,24 @@ class Lock(ABC):
 
 
 class Storage(ABC):
-    """A place for files. Stateless and thread-safe."""
+    """A place for files. Thread-safe.
+
+    Where files have versions (`has_versions`), a write may say which one it expects to replace, "" being none at all;
+    elsewhere `expected` is not looked at.
+    """
+
+    has_versions = False
 
     @abstractmethod
-    def begin(self, path: str, num_bytes: int) -> Upload:
+    def begin(self, path: str, num_bytes: int, *, expected: str | None = None) -> Upload:
         """Start writing a file of `num_bytes` at `path`, making its directories as needed. Blocks.
 
         Raises OSError when the place can't be written; nothing is left behind then.
         """
+
+    @abstractmethod
+    def piece_bytes(self, path: str, num_bytes: int) -> int:
+        """How large the pieces of such an upload will be. Asks nobody."""
 
     @abstractmethod
     def open(self, path: str, *, follow_links: bool = True) -> Reader:
@@ -154,17 +180,25 @@ class Storage(ABC):
                 raise OSError(errno.EIO, str(error), path) from error
             return bytes(contents)
 
-    def replace(self, path: str, contents: bytes) -> None:
-        """Write a small file in one act, making its directories as needed; durable on return. Blocks.
+    def replace(self, path: str, contents: bytes, *, expected: str | None = None) -> str:
+        """Write a small file in one act, making its directories as needed; durable on return. Its version. Blocks.
 
         After an OSError the path holds the old file or the new one, each whole.
         """
-        with committing(self.begin(path, len(contents))) as upload:
+        with committing(self.begin(path, len(contents), expected=expected)) as upload:
             upload.write(0, memoryview(contents))
+        return upload.version
+
+    def version(self, path: str) -> str:
+        """The version of what is there; "" if nothing is, or there are no versions. Blocks."""
+        return ""
 
     @abstractmethod
     def list_names(self, directory: str) -> list[str]:
-        """The names in a directory, sorted. Raises FileNotFoundError when there is none. Blocks."""
+        """The names in a directory, sorted. Blocks.
+
+        Raises FileNotFoundError when there is none, where there can be an empty one.
+        """
 
     @abstractmethod
     def delete(self, paths: Sequence[str]) -> None:
@@ -188,26 +222,32 @@ class Storage(ABC):
     def lock(self, directory: str, holder: str) -> Lock:
         """Take the directory's lock, making the directory as needed; `holder` tells others who has it.
 
-        Does not wait: raises BlockingIOError, with what its holder said of itself as `strerror`, when it is taken.
-        Where there are no locks it is always had, and the log says so once.
+        Raises BlockingIOError, with what its holder said of itself as `strerror`, when it is taken; waits only to find
+        out whether its holder lives, where that takes time. Where there are no locks it is always had, and the log says
+        so once.
         """
 
     @abstractmethod
-    def receive_lock(self, directory: str, fd: int) -> Lock:
-        """The lock that another process shared with this one. The descriptor belongs to it now."""
+    def receive_lock(self, directory: str, share: int | bytes) -> Lock:
+        """The lock that another process shared with this one. A descriptor belongs to it now."""
 
     @abstractmethod
     def is_locked(self, directory: str) -> bool:
         """Whether somebody holds the directory's lock. Changes nothing, but may be in the way of who takes it now."""
+
+    def is_near(self, directory: str) -> bool:
+        """Whether a question takes so little time that training may wait for the answer."""
+        return True
 
     def device(self, directory: str) -> int | None:
         """Which file system the directory is on, or would be made on; None where there is no such thing. Blocks."""
         return None
 
     @abstractmethod
-    def sweep(self, directory: str) -> list[str]:
+    def sweep(self, directory: str, *, has_lock: bool = False) -> list[str]:
         """Remove what dead writers left half-written in `directory`, and return the paths.
 
-        Uploads that are still alive, in this process or any other, and files of other programs are never touched. What
-        can't be listed or removed is left for the next sweep. Blocks.
+        Uploads that are still alive, in this process or any other, and files of other programs are never touched. Where
+        it can't be seen who is alive, only who has the directory's lock may know that nobody else is. What can't be
+        listed or removed is left for the next sweep. Blocks.
         """

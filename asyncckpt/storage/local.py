@@ -33,8 +33,11 @@ class LocalStorage(Storage):
     def __init__(self, *, direct: bool = True) -> None:
         self._direct = direct and _O_DIRECT != 0
 
-    def begin(self, path: str, num_bytes: int) -> LocalUpload:
+    def begin(self, path: str, num_bytes: int, *, expected: str | None = None) -> LocalUpload:
         return LocalUpload(os.path.abspath(path), num_bytes, direct=self._direct)
+
+    def piece_bytes(self, path: str, num_bytes: int) -> int:
+        return _PIECE_BYTES
 
     def open(self, path: str, *, follow_links: bool = True) -> LocalReader:
         return LocalReader(path, follow_links=follow_links)
@@ -70,8 +73,9 @@ class LocalStorage(Storage):
         make_directories(path)
         return LocalLock(path, holder)
 
-    def receive_lock(self, directory: str, fd: int) -> LocalLock:
-        return LocalLock.received(directory, fd)
+    def receive_lock(self, directory: str, share: int | bytes) -> LocalLock:
+        assert isinstance(share, int)
+        return LocalLock.received(directory, share)
 
     def is_locked(self, directory: str) -> bool:
         return is_locked(directory)
@@ -84,7 +88,7 @@ class LocalStorage(Storage):
             except FileNotFoundError:
                 path = os.path.dirname(path)
 
-    def sweep(self, directory: str) -> list[str]:
+    def sweep(self, directory: str, *, has_lock: bool = False) -> list[str]:
         return temporary.sweep(directory)
 
 
@@ -173,6 +177,14 @@ class LocalReader(Reader):
             self.close()
             raise
         self.num_bytes = status.st_size
+
+    @classmethod
+    def received(cls, fd: int) -> LocalReader:
+        """Of a descriptor, which belongs to the reader now."""
+        reader = cls.__new__(cls)
+        reader._file = Descriptor.received(fd)
+        reader.num_bytes = system_calls.fstat(fd).st_size
+        return reader
 
     @property
     def fd(self) -> int:

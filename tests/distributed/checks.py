@@ -29,8 +29,9 @@ from asyncckpt import (
     save_distributed_checkpoint,
 )
 from asyncckpt.distributed.ranks import OtherRankError, Ranks
-from asyncckpt.image.file import open_checkpoint
+from asyncckpt.image.file import open_to_load
 from asyncckpt.storage import system_calls
+from asyncckpt.storage.base import Storage
 from asyncckpt.storage.local import LocalStorage
 from distributed.training import Training, own_numbers, seed_own_numbers
 
@@ -254,7 +255,7 @@ def fall_back(directory: str, blind_rank: int, kind: str) -> Any:
         digest = training.digest()
         training.advance(1).save(manager)
         manager.wait()
-        blind = mock.patch("asyncckpt.resume.open_checkpoint", _blind(kind))
+        blind = mock.patch("asyncckpt.registry.directory.open_to_load", _blind(kind))
         with blind if rank() == blind_rank else nullcontext():
             fresh = Training(7)
             loaded = outcome(lambda: fresh.load(manager).step)
@@ -262,10 +263,10 @@ def fall_back(directory: str, blind_rank: int, kind: str) -> Any:
 
 
 def _blind(kind: str) -> Any:
-    def open_or_not(path: str, **options: Any) -> Any:
+    def open_or_not(storage: Storage, path: str, **options: Any) -> Any:
         if "step00000002" in path:
             raise {"EIO": OSError(errno.EIO, "Input/output error", path), "memory": MemoryError("no more")}[kind]
-        return open_checkpoint(path, **options)
+        return open_to_load(storage, path, **options)
 
     return open_or_not
 

@@ -20,6 +20,7 @@ import pytest
 
 from asyncckpt.naming import temporary_name
 from asyncckpt.storage import files, system_calls
+from asyncckpt.storage.base import Storage
 from asyncckpt.storage.local import LocalStorage, LocalUpload
 from storage.conformance import StorageConformance, as_view, make_content, put_by_upload, write_in_pieces
 from storage.mounts import remount, small_file_system
@@ -48,6 +49,16 @@ class LocalConformance(StorageConformance):
 
     def remove(self, path: str) -> None:
         os.unlink(path)
+
+    @pytest.mark.parametrize("piece_bytes", [1000, 4096, 12345, 65536])
+    def test_pieces_in_any_order_from_several_threads(self, storage: Storage, place: str, piece_bytes: int) -> None:
+        """More than the contract asks: pieces may be written at any offset, aligned or not, in any order, at once."""
+        content = make_content(300_001)
+        upload = storage.begin(f"{place}/file", len(content))
+        write_in_pieces(upload, as_view(content, "aligned"), piece_bytes, num_threads=8)
+        upload.sync()
+        upload.commit()
+        assert self.get(f"{place}/file") == content
 
 
 class TestDirect(LocalConformance):

@@ -1,6 +1,6 @@
 """A process with an upload under way: begins it, says so on stdout, and holds it until killed, or told to go on.
 
-Run as a script with the storage's class (module:name), its options as JSON, and the path. No torch.
+Run as a script with the storage's class (module:name), its options as JSON, the path, and how many bytes. No torch.
 """
 
 from __future__ import annotations
@@ -10,15 +10,20 @@ import json
 import sys
 
 
-def main(storage_class: str, options: str, path: str) -> None:
+def main(storage_class: str, options: str, path: str, size: str) -> None:
     module, name = storage_class.split(":")
     storage = getattr(importlib.import_module(module), name)(**json.loads(options))
-    upload = storage.begin(path, 8192)
-    upload.write(0, memoryview(bytearray(8192)))
+    contents = memoryview(bytearray(int(size)))
+    upload = storage.begin(path, len(contents))
+    offsets = range(0, len(contents), upload.piece_bytes)
+    upload.write(0, contents[: upload.piece_bytes])
     print("holding", flush=True)
     sys.stdin.readline()
+    for offset in offsets[1:]:
+        upload.write(offset, contents[offset : offset + upload.piece_bytes])
     upload.sync()
     upload.commit()
+    upload.close()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,53 @@
+"""Fetching: a whole file from storage that is not local into memory, as a file that can be mapped. No torch."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+from asyncckpt.image.arena import Arena
+from asyncckpt.storage.base import Reader
+from asyncckpt.storage.local import LocalReader
+
+_PIECE_BYTES = 8 << 20
+_NUM_THREADS = 16  # most of them wait for the network
+
+
+def fetch(reader: Reader) -> LocalReader:
+    """All of the file, by reads side by side, in memory that lasts as long as the reader, or what it was mapped into.
+
+    Blocks. Raises OSError, and EOFError when the file turns out to be shorter.
+    """
+    fd = _memory_file(reader.num_bytes)
+    try:
+        if reader.num_bytes:
+            _fill(fd, reader)
+    except BaseException:
+        os.close(fd)
+        raise
+    return LocalReader.received(fd)
+
+
+def _memory_file(num_bytes: int) -> int:
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("asyncckpt-fetched", os.MFD_CLOEXEC)
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, num_bytes)
+    return fd
+
+
+def _fill(fd: int, reader: Reader) -> None:
+    arena = Arena.received(os.dup(fd))
+    try:
+
+        def read(offset: int) -> None:
+            reader.read_into(offset, arena.buffer[offset : min(offset + _PIECE_BYTES, reader.num_bytes)])
+
+        with ThreadPoolExecutor(_NUM_THREADS, "asyncckpt-fetch") as threads:
+            for _ in threads.map(read, range(0, reader.num_bytes, _PIECE_BYTES)):
+                pass
+    finally:
+        arena.close()

@@ -1,0 +1,175 @@
+"""A directory's lock on storage without locks: an object that says whose the directory is. No torch.
+
+`writer.json` holds a claim: a number that grows with every writer, and the writer's random token. It is written under a
+condition, so of two writers that claim at a time one is refused. Whoever holds a claim shows that he lives by renewing
+`writer.alive` every few seconds; a claim whose holder has not done so for `lease_secs` can be taken, with the next
+number. No clocks are compared: the waiting is done by who wants it.
+
+A writer that was taken for dead, and is not, is kept from the registry by the registry's own version, which its
+successor has changed first thing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import threading
+import time
+import weakref
+
+import msgspec
+
+from asyncckpt.naming import ALIVE_NAME, CLAIM_NAME
+from asyncckpt.storage.base import ConflictError, Lock, Storage
+from asyncckpt.threads import log_quietly
+
+BEAT_SECS = 5.0
+LEASE_SECS = 20.0
+_NUM_LOOKS = 10  # within a beat
+_MAX_CLAIM_BYTES = 4096
+
+
+class _Record(msgspec.Struct, frozen=True):
+    """What `writer.json` holds."""
+
+    epoch: int
+    token: str
+    holder: str
+    released: bool = False
+
+
+class Claim(Lock):
+    """A claim that is held, and kept alive by a thread of its own."""
+
+    def __init__(self, storage: Storage, directory: str, record: _Record, beat_secs: float, *, is_ours: bool) -> None:
+        self._storage = storage
+        self._directory = directory
+        self._record = record
+        self._is_ours = is_ours
+        self._beats = _Beats(storage, directory, record.token, beat_secs)
+        self._finalizer = weakref.finalize(self, self._beats.stop)
+        self._finalizer.atexit = False
+
+    @classmethod
+    def received(
+        cls, storage: Storage, directory: str, share: bytes, *, beat_secs: float = BEAT_SECS, **_: float
+    ) -> Claim:
+        """One that another process shared with this one."""
+        return cls(storage, directory, msgspec.json.decode(share, type=_Record), beat_secs, is_ours=False)
+
+    def is_intact(self) -> bool:
+        """As of the last beat: asks the store nothing."""
+        return self._beats.are_ours
+
+    def describe(self, holder: str) -> None:
+        with contextlib.suppress(OSError):
+            self._rewrite(msgspec.structs.replace(self._record, holder=holder))
+
+    def share(self) -> bytes:
+        return msgspec.json.encode(self._record)
+
+    def inherit(self) -> None:
+        self._is_ours = True
+
+    def release(self) -> None:
+        if self._beats.stop() and self._is_ours:
+            with contextlib.suppress(OSError):
+                self._rewrite(msgspec.structs.replace(self._record, released=True))
+
+    def _rewrite(self, record: _Record) -> None:
+        """Only if it is still our claim."""
+        path = f"{self._directory}/{CLAIM_NAME}"
+        version, found = _read(self._storage, path)
+        if found is not None and found.token == self._record.token and not found.released:
+            self._storage.replace(path, msgspec.json.encode(record), expected=version)
+            self._record = record
+
+
+class _Beats:
+    """The thread that shows that a claim's holder lives. None runs in a forked child."""
+
+    def __init__(self, storage: Storage, directory: str, token: str, beat_secs: float) -> None:
+        self._storage, self._directory, self._token = storage, directory, token
+        self._beat_secs = beat_secs
+        self._pid = os.getpid()
+        self._is_lost = False
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="asyncckpt-claim", daemon=True)
+        self._thread.start()
+
+    @property
+    def are_ours(self) -> bool:
+        return not self._is_lost and not self._stopped.is_set() and os.getpid() == self._pid
+
+    def stop(self) -> bool:
+        """End the thread; whether it was ours to end, and had not ended yet."""
+        if os.getpid() != self._pid or self._stopped.is_set():
+            return False
+        self._stopped.set()
+        return not self._is_lost
+
+    def _run(self) -> None:
+        number = 0
+        while not self._stopped.is_set() and not self._is_lost:
+            number += 1
+            with contextlib.suppress(OSError):  # as long as the store does not answer nobody else can claim either
+                self._storage.replace(f"{self._directory}/{ALIVE_NAME}", f"{self._token} {number}".encode())
+                _, found = _read(self._storage, f"{self._directory}/{CLAIM_NAME}")
+                if found is None or found.token != self._token:
+                    self._is_lost = True
+                    log_quietly(logging.ERROR, f"{self._directory}: another writer has taken it over")
+            self._stopped.wait(self._beat_secs)
+
+
+def take_claim(
+    storage: Storage, directory: str, holder: str, *, beat_secs: float = BEAT_SECS, lease_secs: float = LEASE_SECS
+) -> Claim:
+    """Claim a directory. Blocks for a lease where there is a claim whose holder shows no life.
+
+    Raises BlockingIOError, with what its holder said of itself, when somebody has it.
+    """
+    path = f"{directory}/{CLAIM_NAME}"
+    version, found = _read(storage, path)
+    if found is not None and not found.released and _is_alive(storage, directory, beat_secs, lease_secs):
+        raise BlockingIOError(errno.EAGAIN, found.holder)
+    record = _Record((found.epoch if found is not None else 0) + 1, secrets.token_hex(8), holder)
+    try:
+        storage.replace(path, msgspec.json.encode(record), expected=version)
+    except ConflictError:
+        _, found = _read(storage, path)
+        raise BlockingIOError(errno.EAGAIN, found.holder if found is not None else "somebody else") from None
+    return Claim(storage, directory, record, beat_secs, is_ours=True)
+
+
+def is_claimed(storage: Storage, directory: str) -> bool:
+    """Whether somebody has a claim, dead or alive. Blocks for one small read."""
+    _, found = _read(storage, f"{directory}/{CLAIM_NAME}")
+    return found is not None and not found.released
+
+
+def _is_alive(storage: Storage, directory: str, beat_secs: float, lease_secs: float) -> bool:
+    path = f"{directory}/{ALIVE_NAME}"
+    before, deadline = storage.version(path), time.monotonic() + lease_secs
+    while time.monotonic() < deadline:
+        time.sleep(beat_secs / _NUM_LOOKS)
+        if storage.version(path) != before:
+            return True
+    return False
+
+
+def _read(storage: Storage, path: str) -> tuple[str, _Record | None]:
+    """The claim there is, with its version. One that makes no sense is somebody's all the same."""
+    try:
+        reader = storage.open(path)
+    except FileNotFoundError:
+        return "", None
+    with reader:
+        contents = bytearray(min(reader.num_bytes, _MAX_CLAIM_BYTES))
+        reader.read_into(0, memoryview(contents))
+    try:
+        return reader.version, msgspec.json.decode(contents, type=_Record)
+    except msgspec.MsgspecError:
+        return reader.version, _Record(0, "", "somebody whose claim makes no sense")
