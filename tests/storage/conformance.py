@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import importlib
 import json
 import mmap
 import os
@@ -87,7 +88,7 @@ class StorageConformance(ABC):
     @pytest.fixture
     def storage(self) -> Storage:
         module, name = self.storage_class.split(":")
-        storage: Storage = getattr(sys.modules[module], name)(**self.options)
+        storage: Storage = getattr(importlib.import_module(module), name)(**self.options)
         return storage
 
     @pytest.fixture

@@ -38,13 +38,13 @@ ALLOWED = {
     "doctor/machine.py": {"os.memfd_create", "os.ftruncate", "os.close", "fcntl.fcntl"},  # a memfd, a pidfd
     "doctor/process.py": {"open", "os.readlink"},  # /proc
     "image/arena.py": {"os.memfd_create", "os.ftruncate", "fcntl.fcntl", "os.fstat", "os.close"},
-    "image/file.py": {".open"},  # LocalStorage.open
+    "image/fetch.py": {"os.memfd_create", "os.ftruncate", "os.dup", "os.close", "tempfile"},  # a memfd, or like one
     "image/mapped_file.py": {"open"},  # /proc/self/maps
     "image/staging.py": {"open"},  # /proc/self/maps
     "init.py": {"open", "os.listdir", "os.readlink"},  # /proc
-    "resume.py": {".exists"},  # which of two places a user's name means
     "service/connection.py": {"os.memfd_create", "os.write", "os.pread", "os.fstat", "os.close"},
     "service/memory.py": {".read_text"},  # /proc and /sys
+    "storage/places.py": {".open", ".link"},  # the storage's
     "storage/files.py": {"os.listdir", "os.readlink"},  # /proc/self/fd
     # /proc; received descriptors; its log file
     "service/writer.py": {"open", ".write", "os.close", "os.readlink", "os.fstat", "os.unlink"},
