@@ -336,7 +336,10 @@ def _read_registry(path: Path) -> dict[str, Any] | str:
     best = [entry["sequence"] for entry in document["checkpoints"] if entry["is_best"]]
     assert len(best) <= 1
     return {
-        "entries": [(entry["sequence"], entry["filepath"], entry["protected"]) for entry in document["checkpoints"]],
+        "entries": [
+            (entry["sequence"], entry["filepath"], entry["protected"], entry["damaged"])
+            for entry in document["checkpoints"]
+        ],
         "best": best[0] if best else None,
         "dropped": sorted((drop["sequence"], drop["name"]) for drop in document["pending_deletes"]),
         "last_sequence": document["last_sequence"],
@@ -345,7 +348,7 @@ def _read_registry(path: Path) -> dict[str, Any] | str:
 
 def _shape_of(index: Index) -> dict[str, Any]:
     return {
-        "entries": [(entry.sequence, entry.name, entry.protected) for entry in index.entries],
+        "entries": [(entry.sequence, entry.name, entry.protected, entry.damaged) for entry in index.entries],
         "best": index.best,
         "dropped": sorted((entry.sequence, entry.name) for entry in index.dropped),
         "last_sequence": index.last_sequence,
