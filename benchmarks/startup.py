@@ -118,7 +118,13 @@ def _secs_until_ready() -> float:
     started = time.perf_counter()
     process = WriterProcess()
     setup = messages.Setup(
-        num_workers=1, nice=10, retries=2, verify_after_save=False, stall_timeout_secs=60, storage_options={}
+        num_workers=1,
+        nice=10,
+        retries=2,
+        verify_after_save=False,
+        stall_timeout_secs=60,
+        storage_options={},
+        journals=None,
     )
     process.connection.send(messages.encode(setup))
     received = process.connection.receive()

@@ -36,6 +36,7 @@ class Setup(Message, frozen=True):
     verify_after_save: bool
     stall_timeout_secs: float
     storage_options: dict[str, Any]
+    journals: str | None
 
 
 class ShareArena(Message, frozen=True):

@@ -7,6 +7,8 @@ import logging
 import math
 import os
 import re
+import secrets
+import tempfile
 import threading
 import time
 import warnings
@@ -185,8 +187,16 @@ class AsyncCheckpointSaver:
 
         self._admission = Admission(max_in_flight, when_full)
         self._writer = writer
-        self.storage = Places(storage_options)
-        self._setup = Setup(num_workers, nice, retries, verify_after_save, stall_timeout_secs, self.storage.options)
+        self.storage = Places(storage_options, _journals_directory())
+        self._setup = Setup(
+            num_workers,
+            nice,
+            retries,
+            verify_after_save,
+            stall_timeout_secs,
+            self.storage.options,
+            self.storage.journals,
+        )
         self._is_left = False  # to the writer process
         with contextlib.ExitStack() as started:  # there may be no memory for one more thread
             started.callback(self._callbacks.stop)
@@ -624,6 +634,11 @@ class AsyncCheckpointSaver:
 
     def forget_after_fork(self) -> None:
         self._finalizer.detach()
+
+
+def _journals_directory() -> str:
+    """Made by the first upload in parts, gone with the last; for the writer process that takes over from a dead one."""
+    return os.path.join(tempfile.gettempdir(), f"asyncckpt-uploads-{os.getpid()}-{secrets.token_hex(8)}")
 
 
 def _in_process(threads: SaveQueue, setup: Setup, emit: Emit) -> SaveQueue | ProcessQueue:

@@ -43,10 +43,14 @@ def full_path(path: str | os.PathLike[str], what: str = "a checkpoint's path") -
 
 
 class Places(Storage):
-    """Every place there is, with one set of `storage_options` for those that a URL names."""
+    """Every place there is, with one set of `storage_options` for those that a URL names.
 
-    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+    `journals` is a directory of this machine, where uploads note how far they are; nobody else's.
+    """
+
+    def __init__(self, options: Mapping[str, Any] | None = None, journals: str | None = None) -> None:
         self.options = dict(options or {})
+        self.journals = journals
         self._lock = threading.Lock()
         self._local = LocalStorage()
         self._by_scheme: dict[str, Storage] = {}
@@ -58,7 +62,7 @@ class Places(Storage):
             return self._local
         with self._lock:
             if scheme not in self._by_scheme:
-                self._by_scheme[scheme] = _MAKERS[scheme](self.options)
+                self._by_scheme[scheme] = _MAKERS[scheme](self)
             return self._by_scheme[scheme]
 
     def begin(self, path: str, num_bytes: int, *, expected: str | None = None) -> Upload:
@@ -102,10 +106,10 @@ class Places(Storage):
         return self.storage_of(directory).sweep(directory, has_lock=has_lock)
 
 
-def _make_s3(options: Mapping[str, Any]) -> Storage:
+def _make_s3(places: Places) -> Storage:
     from asyncckpt.storage.s3 import S3Storage
 
-    return S3Storage(options)
+    return S3Storage(places.options, journals=places.journals)
 
 
-_MAKERS: dict[str, Callable[[Mapping[str, Any]], Storage]] = {"s3": _make_s3}
+_MAKERS: dict[str, Callable[[Places], Storage]] = {"s3": _make_s3}

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
+import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from isal.isal_zlib import crc32, crc32_combine
@@ -22,6 +24,7 @@ from isal.isal_zlib import crc32, crc32_combine
 from asyncckpt.naming import is_temporary_name, temporary_name
 from asyncckpt.storage.base import ConflictError, Lock, Reader, Storage, Upload
 from asyncckpt.storage.claim import Claim, is_claimed, take_claim
+from asyncckpt.storage.journal import Journal, Journals, Part, UploadRecord
 from asyncckpt.storage.s3_requests import Answer, S3Requests, UploadGoneError, checksum_text
 
 _SCHEME = "s3://"
@@ -33,6 +36,7 @@ _MAX_COPY_BYTES = 5 << 30  # by one request
 _COPY_PART_BYTES = 1 << 30
 _READ_BYTES = 8 << 20
 _NUM_THREADS = 8
+_MD5 = re.compile("[0-9a-f]{32}")
 _MAX_KEYS = 1000
 
 
@@ -45,9 +49,11 @@ class S3Storage(Storage):
         self,
         options: Mapping[str, Any] | None = None,
         *,
+        journals: str | None = None,
         least_part_bytes: int = _LEAST_PART_BYTES,
         **claim_secs: float,
     ) -> None:
+        self._journals = Journals(journals)
         self.requests = S3Requests(options or {})
         self._least_part_bytes = least_part_bytes
         self._claim_secs = claim_secs
@@ -56,7 +62,7 @@ class S3Storage(Storage):
         piece_bytes = self.piece_bytes(path, num_bytes)
         if num_bytes <= piece_bytes:
             return _SmallUpload(self.requests, path, num_bytes, piece_bytes, expected)
-        return _PartsUpload(self.requests, path, num_bytes, piece_bytes, expected)
+        return _PartsUpload(self.requests, path, num_bytes, piece_bytes, expected, self._journals)
 
     def piece_bytes(self, path: str, num_bytes: int) -> int:
         return part_bytes(num_bytes, self._least_part_bytes)
@@ -107,9 +113,10 @@ class S3Storage(Storage):
         if not has_lock:  # it can't be told who is alive
             return []
         swept: list[str] = []
+        may_go_on = _alive | self._journals.notes
         with contextlib.suppress(OSError):
             for name in self.list_names(directory):
-                if is_temporary_name(name) and name not in _alive:
+                if is_temporary_name(name) and name not in may_go_on:
                     path = f"{directory}/{name}"
                     with contextlib.suppress(OSError):
                         self._sweep(path)
@@ -210,33 +217,77 @@ class _SmallUpload(_S3Upload):
 
 
 class _PartsUpload(_S3Upload):
-    """A multipart upload, with the object beside it that tells of it."""
+    """A multipart upload, with the object beside it that tells of it, and a journal of its parts."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        directory, name = os.path.split(self._path)
-        self._note = temporary_name(self._token, name)
-        self._note_key = split(f"{directory}/{self._note}")[1]
-        self._parts: dict[int, tuple[str, int, int]] = {}
+    def __init__(
+        self,
+        requests: S3Requests,
+        path: str,
+        num_bytes: int,
+        piece_bytes: int,
+        expected: str | None,
+        journals: Journals,
+    ) -> None:
+        super().__init__(requests, path, num_bytes, piece_bytes, expected)
+        self._parts: dict[int, Part] = {}
+        self._sent_before: dict[int, Part] = {}
+        self._note = ""
         self._upload_id = ""
         self._is_over = False
-        _alive.add(self._note)
+        self._journal = journals.take(path, num_bytes, piece_bytes)
         try:
-            self._requests.send("put_object", self._bucket, Key=self._note_key, Body=memoryview(self._path.encode()))
-            self._upload_id = self._send(
-                "create_multipart_upload",
-                Metadata=self._metadata,
-                ChecksumAlgorithm="CRC32",
-                ChecksumType="FULL_OBJECT",
-            )["UploadId"]
+            if self._journal is None or not self._resume(self._journal):
+                self._start(journals)
         except BaseException:
             self.abort()
             raise
+
+    def _start(self, journals: Journals) -> None:
+        self._note = temporary_name(self._token, os.path.basename(self._path))
+        _alive.add(self._note)
+        self._requests.send("put_object", self._bucket, Key=self._note_key, Body=memoryview(self._path.encode()))
+        self._upload_id = self._send(
+            "create_multipart_upload",
+            Metadata=self._metadata,
+            ChecksumAlgorithm="CRC32",
+            ChecksumType="FULL_OBJECT",
+        )["UploadId"]
+        self._journal = journals.begin(
+            UploadRecord(self._path, self._upload_id, self._token, self._note, self._num_bytes, self.piece_bytes)
+        )
+
+    def _resume(self, journal: Journal) -> bool:
+        """Go on with an upload that a process of ours has left; False when the store knows it no more."""
+        upload = journal.upload
+        _alive.add(upload.note)
+        there: dict[int, tuple[str, int]] = {}
+        try:
+            for page in self._requests.pages("list_parts", self._bucket, Key=self._key, UploadId=upload.upload_id):
+                there |= {part["PartNumber"] - 1: (part["ETag"], part["Size"]) for part in page.get("Parts", ())}
+        except UploadGoneError:  # it may even have been completed
+            self._note = upload.note
+            self._forget()
+            return False
+        self._token, self._note, self._upload_id = upload.token, upload.note, upload.upload_id
+        self._sent_before = {
+            number: part for number, part in journal.parts.items() if there.get(number) == (part.etag, part.num_bytes)
+        }
+        return True
+
+    @property
+    def _note_key(self) -> str:
+        return split(f"{os.path.dirname(self._path)}/{self._note}")[1]
 
     def write(self, offset: int, view: memoryview) -> None:
         number, rest = divmod(offset, self.piece_bytes)
         assert rest == 0, "pieces are parts"
         crc = crc32(view)
+        part = self._sent_before.get(number)
+        if part is None or not _is_same(part, crc, view):
+            part = self._send_part(number, crc, view)
+        self._parts[number] = part
+
+    def _send_part(self, number: int, crc: int, view: memoryview) -> Part:
         answer = self._send(
             "upload_part",
             num_bytes=len(view),
@@ -245,26 +296,30 @@ class _PartsUpload(_S3Upload):
             Body=view,
             ChecksumCRC32=checksum_text(crc),
         )
-        self._parts[number] = (answer["ETag"], crc, len(view))
+        part = Part(number, answer["ETag"], crc, len(view))
+        if self._journal is not None:
+            self._journal.add(part)
+        return part
 
     def sync(self) -> None:
         """Every part is acknowledged: it is in the store, if not visible yet."""
 
     def commit(self) -> None:
-        whole, num_bytes = 0, 0
-        for _, crc, part_num_bytes in self._in_order():
-            whole, num_bytes = crc32_combine(whole, crc, part_num_bytes), num_bytes + part_num_bytes
-        if num_bytes != self._num_bytes:
+        parts = [self._parts[number] for number in sorted(self._parts)]
+        if sum(part.num_bytes for part in parts) != self._num_bytes:
             raise OSError(errno.EIO, "parts of the upload are missing")
-        parts = [
-            {"PartNumber": number + 1, "ETag": etag, "ChecksumCRC32": checksum_text(crc)}
-            for number, (etag, crc, _) in enumerate(self._in_order())
+        whole = 0
+        for part in parts:
+            whole = crc32_combine(whole, part.crc, part.num_bytes)
+        listed = [
+            {"PartNumber": part.number + 1, "ETag": part.etag, "ChecksumCRC32": checksum_text(part.crc)}
+            for part in parts
         ]
         try:
             answer = self._send(
                 "complete_multipart_upload",
                 UploadId=self._upload_id,
-                MultipartUpload={"Parts": parts},
+                MultipartUpload={"Parts": listed},
                 ChecksumCRC32=checksum_text(whole),
                 ChecksumType="FULL_OBJECT",
                 **self._conditions,
@@ -273,9 +328,6 @@ class _PartsUpload(_S3Upload):
         except OSError as error:
             self._check_commit(error)
         self._is_over = True
-
-    def _in_order(self) -> Iterator[tuple[str, int, int]]:
-        return (self._parts[number] for number in sorted(self._parts))
 
     def close(self) -> None:
         self._forget()
@@ -297,6 +349,16 @@ class _PartsUpload(_S3Upload):
             with contextlib.suppress(OSError):
                 self._requests.send("delete_object", self._bucket, Key=self._note_key)
             _alive.discard(self._note)
+        if self._journal is not None:
+            self._journal.remove()
+
+
+def _is_same(part: Part, crc: int, view: memoryview) -> bool:
+    """Whether the store has these bytes already. The tag of a part is its MD5, unless a key service encrypts it."""
+    if (part.crc, part.num_bytes) != (crc, len(view)):
+        return False
+    tag = part.etag.strip('"')
+    return not _MD5.fullmatch(tag) or hashlib.md5(view, usedforsecurity=False).hexdigest() == tag
 
 
 class S3Reader(Reader):

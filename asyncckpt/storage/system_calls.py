@@ -106,8 +106,16 @@ def unlink(path: str) -> None:
     os.unlink(path)
 
 
-def make_directory(path: str) -> None:
-    os.mkdir(path)
+def append(fd: int, line: bytes) -> None:
+    os.write(fd, line)
+
+
+def make_directory(path: str, mode: int = 0o777) -> None:
+    os.mkdir(path, mode)
+
+
+def remove_directory(path: str) -> None:
+    os.rmdir(path)
 
 
 def stat(path: str) -> os.stat_result:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import s3fs
 
+BUCKET = "bucket"
 KEY, SECRET = "test", "testtest-canary-9d2f"
 _MAX_START_SECS = 60.0
 
@@ -97,7 +98,7 @@ def _await(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> Non
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         try:
-            client.mkdir("started")
+            client.mkdir(BUCKET)
             return
         except Exception:
             time.sleep(0.1)

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from storage.conformance import StorageConformance
-from storage.s3_server import S3Server
+from storage.s3_server import BUCKET, S3Server
 
-BUCKET = "bucket"
 PART_BYTES = 5 << 20  # the least that S3 takes
 
 
@@ -33,8 +32,6 @@ class TestS3(StorageConformance):
             "lease_secs": 1.0,
         }
         self.client = server.client()
-        if not self.client.exists(BUCKET):
-            self.client.mkdir(BUCKET)
 
     @pytest.fixture
     def place(self) -> str:
