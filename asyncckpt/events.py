@@ -19,6 +19,8 @@ EventKind = Literal[
     "deleted",
     "fallback",
     "writer_died",
+    "mirrored",
+    "mirror_failed",
 ]
 
 
@@ -28,7 +30,8 @@ class Event:
 
     `path` is the destination (for `swept`, the dead temporary file that was removed; for `deleted`, the checkpoint that
     retention dropped; for `recovered`, what was made to agree after a crash; for `fallback`, the damaged checkpoint in
-    whose place an earlier one is loaded; empty for `writer_died`, which is about the writer process), `detail` one line
+    whose place an earlier one is loaded; empty for `writer_died`, which is about the writer process, and
+    `mirror_failed`), `detail` one line
     for people (for `stalled`, what the storage does not return from), `time` seconds since the epoch.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import statistics
@@ -14,7 +15,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import torch
 
@@ -26,6 +27,7 @@ from asyncckpt.errors import (
     MetricNotFoundError,
     RegistryError,
     StorageBusyError,
+    WaitTimeoutError,
 )
 from asyncckpt.image.file import verify_listed
 from asyncckpt.naming import BEST_NAME, checkpoint_name
@@ -35,9 +37,11 @@ from asyncckpt.policies import Progress, SavePolicy
 from asyncckpt.records import CheckpointInfo, Timings, VerifyReport, is_better
 from asyncckpt.registry.directory import CheckpointDirectory, Listing
 from asyncckpt.registry.registry import Registry
+from asyncckpt.registry.replication import Replica
 from asyncckpt.registry.retention import KeepLast, RetentionPolicy
 from asyncckpt.resume import Resume, Target, check_names
 from asyncckpt.service.handle import SaveHandle
+from asyncckpt.service.mirror import Mirror
 from asyncckpt.service.saver import AsyncCheckpointSaver
 from asyncckpt.state.capture import as_float, as_int, create_checkpoint, unwrap
 from asyncckpt.state.rng import capture_rng_states
@@ -77,6 +81,11 @@ class CheckpointManager:
         save_best_only: save only what improves on the best.
         retention: a policy (`KeepLast`, `KeepBest`, `KeepEvery`, joined by `|`) in place of `max_checkpoints`.
         save_policy: what `should_save` asks: `EverySteps`, `EveryMinutes` or `AdaptiveInterval`.
+        mirror: a second directory, usually a URL, that every checkpoint is copied to in the background once it is
+            durable in the first. It never holds up training; loads take the newest valid checkpoint of both places.
+        mirror_retention: what the mirror keeps; None is the policy of the first directory.
+        mirror_backlog_bytes: how much the first directory keeps besides, while the mirror does not have it yet; beyond
+            that the oldest are dropped unmirrored, with an error in the log.
         save_rng: save the state of all random number generators, and restore it with the rest.
         weights_only: refuse to save what a safe load would refuse, and load safely. False saves any picklable state,
             and loads may then run code that is in the file.
@@ -95,6 +104,9 @@ class CheckpointManager:
         *,
         retention: RetentionPolicy | None = None,
         save_policy: SavePolicy | None = None,
+        mirror: str | os.PathLike[str] | None = None,
+        mirror_retention: RetentionPolicy | None = None,
+        mirror_backlog_bytes: int = 64 << 30,
         save_rng: bool = True,
         weights_only: bool = True,
         lock_timeout_secs: float = 10.0,
@@ -131,7 +143,25 @@ class CheckpointManager:
             report=self._saver.emit,
             note_progress=self._storage.note_progress,
         )
-        self._resume = Resume(self._directory, self._saver.emit, weights_only=weights_only)
+        self._mirror_directory: CheckpointDirectory | None = None
+        self._mirror: Mirror | None = None
+        tiers = [self._directory]
+        if mirror is not None:
+            place = full_path(mirror, "mirror")
+            if place == str(self.checkpoint_dir):
+                raise ValueError(f"the mirror must be another place than checkpoint_dir, not {place!r} again")
+            self._mirror_directory = CheckpointDirectory(
+                place,
+                self._saver.storage,
+                retention=mirror_retention or retention,
+                metric=monitor_metric,
+                mode=monitor_mode,
+                lock_timeout_secs=lock_timeout_secs,
+                report=self._saver.emit,
+            )
+            self._directory.mirrored, self._directory.mirror_backlog_bytes = 0, mirror_backlog_bytes
+            tiers.append(self._mirror_directory)
+        self._resume = Resume(tiers, self._saver.emit, weights_only=weights_only)
         self._saving = threading.RLock()  # guards what follows; reentrant, since signal handlers may save
         self._is_opening = False
         self._in_flight: list[tuple[SaveHandle, CheckpointInfo]] = []
@@ -283,9 +313,12 @@ class CheckpointManager:
             if self.save_best_only and not self._is_improvement(info):
                 return None
             self._note_branch(info)
+            if self._mirror is not None:
+                self._directory.mirrored = self._mirror.mirrored
             listing = replace(self._directory.reserve(info), is_certain=is_certain)
             handle = self._submit_listed(checkpoint, listing, model, optimizer)
             if not handle.skipped:
+                self._follow(handle, listing)
                 self._note_saving(handle, info)
             return handle
 
@@ -305,6 +338,13 @@ class CheckpointManager:
             if handle is None or handle.skipped:
                 self._directory.withdraw(listing)
         return handle
+
+    def _follow(self, handle: SaveHandle, listing: Listing) -> None:
+        """Let the mirror have it too."""
+        mirror, sequence = self._mirror, listing.info.sequence
+        if mirror is not None and sequence is not None:
+            handle.mirrored = mirror.expect(sequence)
+            handle.add_done_callback(lambda _: mirror.note_saved(sequence, handle.failure()))
 
     def _note_saving(self, handle: SaveHandle, info: CheckpointInfo) -> None:
         self._newest_step = info.global_step
@@ -327,7 +367,7 @@ class CheckpointManager:
             # Somebody may have moved or removed the directory under what is in flight.
             if not self._saver.wait_idle(self._max_opening_secs):
                 raise NoAnswerError
-            self._storage.ask(self._directory.open_for_writing, self._max_opening_secs)
+            self._storage.ask(self._open_for_writing, self._max_opening_secs)
         except NoAnswerError:
             raise StorageBusyError(
                 f"{self.checkpoint_dir} could not be opened for writing: the storage does not answer. The opening goes "
@@ -336,6 +376,19 @@ class CheckpointManager:
         finally:
             self._is_opening = False
         return True
+
+    def _open_for_writing(self) -> None:
+        """With a mirror: an empty directory goes on with the run that is there, and what it lacks is brought there."""
+        directory = self._mirror_directory
+        if directory is not None and not self._directory.was_open:
+            with contextlib.suppress(OSError, CheckpointError):
+                mirrored = directory.read().recorded
+                if mirrored is not None:
+                    self._directory.continue_run(mirrored.run_id, mirrored.last_sequence)
+        self._directory.open_for_writing()
+        if directory is not None and self._mirror is None:
+            replica = Replica(self._directory, self._saver.storage, directory)
+            self._mirror = Mirror(replica, self._saver.emit, nice=self._saver.nice)
 
     def _looks_open(self) -> bool | None:
         """Whether the directory is open for writing; None when it should be, but the storage does not answer."""
@@ -573,13 +626,27 @@ class CheckpointManager:
         if Ranks().is_first:
             self._saver.prepare(create_checkpoint(model, optimizer, save_rng=False))
 
-    def wait(self, timeout: float | None = None) -> None:
+    def wait(self, timeout: float | None = None, *, tier: Literal["local", "mirror"] = "local") -> None:
         """The barrier: return once every save before is durable and what it replaced is deleted, or raise.
 
-        In a distributed run it is a barrier of all ranks. See `AsyncCheckpointSaver.wait`.
+        With `tier="mirror"` only once the mirror has all that too; while it does not answer, this waits. In a
+        distributed run it is a barrier of all ranks. See `AsyncCheckpointSaver.wait`.
         """
+        if tier not in ("local", "mirror"):
+            raise ValueError(f"tier must be 'local' or 'mirror', not {tier!r}")
+        if tier == "mirror" and self._mirror_directory is None:
+            raise ValueError("this manager has no mirror")
         self._saver.check_not_in_callback("wait")
-        Ranks().on_first(lambda: self._saver.wait(timeout))
+        Ranks().on_first(lambda: self._wait(timeout, tier))
+
+    def _wait(self, timeout: float | None, tier: str) -> None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._saver.wait(timeout)
+        if tier == "mirror" and (mirror := self._mirror) is not None:
+            rest = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not mirror.wait(rest):
+                reason = f": {mirror.problem}" if mirror.problem is not None else ""
+                raise WaitTimeoutError(f"the mirror does not have everything yet{reason}")
 
     def close(self, timeout: float | None = None) -> None:
         """Wait until everything is durable, and give threads, memory and the directory back. Raises as `wait` does.
@@ -591,7 +658,13 @@ class CheckpointManager:
         try:
             self._saver.close(timeout)
         finally:
+            self._close_mirror(deadline)
             self._give_back(deadline)
+
+    def _close_mirror(self, deadline: float | None) -> None:
+        """What the mirror does not take now is left to the next run."""
+        if self._mirror is not None:
+            self._mirror.close(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def _give_back(self, deadline: float | None) -> None:
         """Let the next writer in, once nothing is in flight; not on this thread, which a dead storage must not hold."""
@@ -617,6 +690,7 @@ class CheckpointManager:
         try:
             self._saver.__exit__(kind, error, traceback)
         finally:
+            self._close_mirror(None)
             self._give_back(None)
 
 

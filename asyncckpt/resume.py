@@ -6,7 +6,7 @@ import errno
 import logging
 import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
@@ -94,10 +94,12 @@ class Target:
 
 
 class Resume:
-    """Loads from one directory. Every method is collective, blocks, and restores on all ranks or on none."""
+    """Loads from one directory, or from several places of one run. Every method is collective, blocks, and restores on
+    all ranks or on none."""
 
-    def __init__(self, directory: CheckpointDirectory, emit: Report, *, weights_only: bool) -> None:
-        self._directory = directory
+    def __init__(self, tiers: Sequence[CheckpointDirectory], emit: Report, *, weights_only: bool) -> None:
+        self._tiers = tiers
+        self._directory = tiers[0]
         self._emit = emit
         self._weights_only = weights_only
 
@@ -111,48 +113,56 @@ class Resume:
 
     def one(self, checkpoint: SupportsIndex | str | os.PathLike[str], target: Target) -> dict[str, Any]:
         """Restore the newest checkpoint of a step, or the file at a path, and return it."""
-        path, expected = Ranks().on_first(lambda: self._find(checkpoint))
+        candidates = Ranks().on_first(lambda: self._find(checkpoint))
+        for candidate in candidates[:-1]:
+            try:
+                return self._restore(candidate, target)
+            except _Unreadable as error:
+                self._report_fallback(candidate.path, error, is_last=False)
         try:
-            return self._restore(path, target, expected)
+            return self._restore(candidates[-1], target)
         except _Unreadable as error:
             raise error.met from error.met.__cause__
 
-    def _find(self, checkpoint: SupportsIndex | str | os.PathLike[str]) -> tuple[str, _Candidate | None]:
-        """The file; and what it must be, if the registry named it, and not the user."""
+    def _find(self, checkpoint: SupportsIndex | str | os.PathLike[str]) -> list[_Candidate]:
+        """Its file; of a step's newest checkpoint that in each place."""
         if isinstance(checkpoint, SupportsIndex):
             step = operator.index(checkpoint)
-            found = self._directory.read()
-            infos = [info for info in found.registry.checkpoints if info.global_step == step]
-            if infos:
-                candidate = self._candidate(found, infos[-1])
-                return candidate.path, candidate
-            steps = ", ".join(str(info.global_step) for info in found.registry.checkpoints) or "none"
-            raise CheckpointNotFoundError(f"{self._directory.path} has no checkpoint of step {step}; it has {steps}")
+            candidates = self._newest_first(self._surveys())
+            of_step = [candidate for candidate in candidates if candidate.info and candidate.info.global_step == step]
+            if of_step:
+                return [candidate for candidate in of_step if candidate.sequence == of_step[0].sequence]
+            steps = [str(candidate.info and candidate.info.global_step) for candidate in reversed(candidates)]
+            known = ", ".join(dict.fromkeys(steps)) or "none"
+            raise CheckpointNotFoundError(f"{self._directory.path} has no checkpoint of step {step}; it has {known}")
         name = os.fspath(checkpoint)
-        if os.path.basename(name) == name and self._directory.has_file(name):
-            return self._directory.path_of(name), None
-        return file_path(name), None
+        if os.path.basename(name) == name:
+            for tier, directory in enumerate(self._tiers):
+                if directory.has_file(name):
+                    return [_Candidate(directory.path_of(name), tier)]
+        return [_Candidate(file_path(name), 0)]
 
     def _restore_first(
-        self, choose: Callable[[Survey], list[_Candidate]], target: Target, what: str
+        self, choose: Callable[[list[_Found]], list[_Candidate]], target: Target, what: str
     ) -> dict[str, Any] | None:
         """The first of the chosen files that every rank can read."""
         ranks = Ranks()
         error: Exception | None = None
         for look in range(_NUM_LOOKS):
-            candidates = ranks.on_first(lambda: self._look(choose))
+            candidates = ranks.on_first(lambda: choose(self._surveys()))
             if not candidates:
                 log_quietly(logging.INFO, f"{self._directory.path} has no {what} to resume from")
                 return None
             for candidate in candidates:
                 try:
-                    return self._restore(candidate.path, target, candidate)
+                    return self._restore(candidate, target)
                 except _Unreadable as unreadable:
                     error = unreadable.met
                     is_last_look = look == _NUM_LOOKS - 1
-                    if not is_last_look and ranks.on_first(lambda: self._look(choose)) != candidates:
+                    if not is_last_look and ranks.on_first(lambda: choose(self._surveys())) != candidates:
                         break  # another process has changed the directory meanwhile
-                    self._directory.note_damaged(candidate.info)
+                    if candidate.info is not None:
+                        self._tiers[candidate.tier].note_damaged(candidate.info)
                     self._report_fallback(candidate.path, unreadable, is_last=candidate is candidates[-1])
             else:
                 break
@@ -160,54 +170,70 @@ class Resume:
             f"no {what} in {self._directory.path} can be read; the last error: {error}"
         ) from error
 
-    def _look(self, choose: Callable[[Survey], list[_Candidate]]) -> list[_Candidate]:
-        """What there is to choose from. Raises `CorruptCheckpointError` if all that there was is lost."""
-        self._directory.await_finishing()
-        found = self._directory.read()
-        if found.lost:
-            raise CorruptCheckpointError(
-                f"{self._directory.path} had checkpoints, and none of them can be read: {', '.join(found.lost[:5])}; "
-                "bring them back, or, to start anew, use another directory or move these files and registry.json away"
-            )
-        if not found.registry.checkpoints and found.strangers:
-            log_quietly(
-                logging.WARNING,
-                f"{self._directory.path} holds {len(found.strangers)} .pt files that are not this run's, "
-                f"{found.strangers[0]} for one: they are left alone",
-            )
-        return choose(found)
+    def _surveys(self) -> list[_Found]:
+        """What there is to choose from, place by place. Raises `CorruptCheckpointError` if all that there was is lost.
 
-    def _newest_first(self, found: Survey) -> list[_Candidate]:
-        return [self._candidate(found, info) for info in reversed(found.registry.checkpoints)]
+        A place that can't be looked at is left out, as long as another one has something.
+        """
+        surveys: list[_Found] = []
+        problems: list[Exception] = []
+        for tier, directory in enumerate(self._tiers):
+            try:
+                surveys.append((tier, _look(directory)))
+            except (OSError, CheckpointError) as error:
+                if tier > 0:
+                    log_quietly(logging.WARNING, f"{directory.path} can't be looked at: {error}")
+                problems.append(error)
+        run_ids = [found.registry.run_id for _, found in surveys if found.registry.checkpoints]
+        if not run_ids and problems:
+            raise problems[0]
+        of_other_runs = [
+            tier for tier, found in surveys if found.registry.checkpoints and found.registry.run_id != run_ids[0]
+        ]
+        for tier in of_other_runs:
+            log_quietly(logging.WARNING, f"{self._tiers[tier].path} holds another run's checkpoints: left alone")
+        return [(tier, found) for tier, found in surveys if tier not in of_other_runs]
 
-    def _best_first(self, found: Survey) -> list[_Candidate]:
+    def _newest_first(self, surveys: list[_Found]) -> list[_Candidate]:
+        """Of the same checkpoint in several places the nearest first."""
+        candidates = [
+            self._candidate(tier, found, info) for tier, found in surveys for info in found.registry.checkpoints
+        ]
+        return sorted(candidates, key=lambda candidate: (-candidate.sequence, candidate.tier))
+
+    def _best_first(self, surveys: list[_Found]) -> list[_Candidate]:
         """The best one's file; then its link, which may be a copy, and whole."""
-        best = found.registry.best
-        if best is None:
+        bests = [best for _, found in surveys if (best := found.registry.best) is not None]
+        if not bests:
             return []
-        candidate = self._candidate(found, best)
-        link = replace(candidate, path=self._directory.path_of(BEST_NAME))
-        return [candidate, link] if found.linked_best == best.sequence and link != candidate else [candidate]
+        registry = surveys[0][1].registry
+        best = registry.with_checkpoints({info.sequence: info for info in reversed(bests)}.values()).best
+        candidates: list[_Candidate] = []
+        for tier, found in surveys:
+            if best is None or best.sequence not in [info.sequence for info in found.registry.checkpoints]:
+                continue
+            candidate = self._candidate(tier, found, best)
+            link = replace(candidate, path=self._tiers[tier].path_of(BEST_NAME))
+            candidates += [candidate, link] if found.linked_best == best.sequence and link != candidate else [candidate]
+        return candidates
 
-    def _candidate(self, found: Survey, info: CheckpointInfo) -> _Candidate:
-        return _Candidate(self._directory.path_of(str(file_of(found, info))), found.registry.run_id, info)
+    def _candidate(self, tier: int, found: Survey, info: CheckpointInfo) -> _Candidate:
+        path = self._tiers[tier].path_of(str(file_of(found, info)))
+        return _Candidate(path, tier, found.registry.run_id, info)
 
     def _report_fallback(self, path: str, error: Exception, *, is_last: bool) -> None:
         log_quietly(logging.WARNING, f"{error}" if is_last else f"{error}; trying the next one")
         self._emit("fallback", path, str(error))
 
-    def _restore(self, path: str, target: Target, expected: _Candidate | None = None) -> dict[str, Any]:
+    def _restore(self, candidate: _Candidate, target: Target) -> dict[str, Any]:
         """Read one file on every rank, and restore it if all could; else nobody does."""
         ranks = Ranks()
+        directory = self._tiers[candidate.tier]
         weights_only = self._weights_only if target.weights_only is None else target.weights_only
         try:
             checkpoint, taken = ranks.on_all(
                 lambda: _read(
-                    self._directory,
-                    path,
-                    expected,
-                    lambda loaded: target.take(loaded, ranks),
-                    weights_only=weights_only,
+                    directory, candidate, lambda loaded: target.take(loaded, ranks), weights_only=weights_only
                 )
             )
         except Exception as error:
@@ -218,18 +244,46 @@ class Resume:
         return checkpoint
 
 
+_Found = tuple[int, Survey]  # which tier, and what it holds
+
+
+def _look(directory: CheckpointDirectory) -> Survey:
+    """What a directory holds. Raises `CorruptCheckpointError` if it is nothing, and was something."""
+    directory.await_finishing()
+    found = directory.read()
+    if found.lost:
+        raise CorruptCheckpointError(
+            f"{directory.path} had checkpoints, and none of them can be read: {', '.join(found.lost[:5])}; "
+            "bring them back, or, to start anew, use another directory or move these files and registry.json away"
+        )
+    if not found.registry.checkpoints and found.strangers:
+        log_quietly(
+            logging.WARNING,
+            f"{directory.path} holds {len(found.strangers)} .pt files that are not this run's, "
+            f"{found.strangers[0]} for one: they are left alone",
+        )
+    return found
+
+
 @dataclass(frozen=True)
 class _Candidate:
-    """A file to load, and which checkpoint of which run it should hold."""
+    """A file to load; and, if a registry named it and not the user, which checkpoint of which run it should hold."""
 
     path: str
-    run_id: str
-    info: CheckpointInfo
+    tier: int
+    run_id: str = ""
+    info: CheckpointInfo | None = None
+
+    @property
+    def sequence(self) -> int:
+        return (self.info.sequence or 0) if self.info is not None else 0
 
     def check(self, description: FileDescription | None) -> None:
         """Raise unless it is that one, or a later one that took its name meanwhile."""
+        if self.info is None:
+            return
         is_ours = description is not None and description.run_id == self.run_id
-        if description is None or not is_ours or (description.info.sequence or 0) < (self.info.sequence or 0):
+        if description is None or not is_ours or (description.info.sequence or 0) < self.sequence:
             raise CorruptCheckpointError(f"{self.path} is not the checkpoint that the registry names, but another file")
 
 
@@ -257,8 +311,7 @@ def check_names(stateful: Mapping[str, Any] | None, rank_stateful: Mapping[str, 
 
 def _read(
     directory: CheckpointDirectory,
-    path: str,
-    expected: _Candidate | None,
+    candidate: _Candidate,
     take: Callable[[Loaded], dict[str, Any]],
     *,
     weights_only: bool,
@@ -267,10 +320,10 @@ def _read(
 
     One that the registry named must be what it says, and is not looked for by a link.
     """
-    with directory.open_to_load(path, follow_links=expected is None) as reader:
+    path = candidate.path
+    with directory.open_to_load(path, follow_links=candidate.info is None) as reader:
         loaded = load_to_restore(reader, path, weights_only=weights_only)
-        if expected is not None:
-            expected.check(read_description(loaded.metadata, reader.num_bytes))
+        candidate.check(read_description(loaded.metadata, reader.num_bytes))
         if not isinstance(loaded.state, dict) or "model_state_dict" not in loaded.state:
             raise CheckpointError(f"{path} is whole, but not a training checkpoint: it has no model_state_dict")
         return loaded.state, take(loaded)

@@ -98,6 +98,8 @@ class CheckpointDirectory:
         self.path = path
         self.retention, self.metric, self.mode = retention, metric, mode
         self.generation = next(_generations)
+        self.mirrored: int | None = None  # the last commit that a mirror has; later ones are kept for it
+        self.mirror_backlog_bytes = 0  # as long as they are no more than this
         self.was_open = False  # for writing, at some time: the run is under way
         self._storage = storage
         self._lock_timeout_secs = lock_timeout_secs
@@ -116,6 +118,7 @@ class CheckpointDirectory:
         self._strangers: frozenset[str] = frozenset()
         self._damaged: frozenset[int] = frozenset()
         self._sequences = itertools.count(1)  # its `next` is one act, whatever signals come
+        self._continued: tuple[str, int] | None = None  # a run that another directory holds, and its last commit
         self._run_id: str | None = None  # kept when the directory is opened anew, and there is nothing in it yet
         self._names: frozenset[str] = frozenset()  # in the directory, when somebody looked last
         self._reserved: set[str] = set()  # names of what is being written
@@ -237,7 +240,7 @@ class CheckpointDirectory:
                     f"{self.path} has become another run's directory under this run, which leaves it alone; put this "
                     "run's back, or make a manager of another directory"
                 )
-        elif self._storage.device(self.path) != self._device:
+        elif self._device is not None and self._storage.device(self.path) != self._device:
             raise CheckpointWriteError(
                 f"{self.path} is on another file system than before, with nothing of this run; mount the one that "
                 "holds its checkpoints, or make another manager"
@@ -250,6 +253,14 @@ class CheckpointDirectory:
         lock, self._lock, self._registry = self._lock, None, None
         if lock is not None:
             lock.release()
+
+    def expect_run(self, run_id: str) -> None:
+        """Whatever is in the directory when it is opened must be of this run; an empty one becomes it."""
+        self._run_id = run_id
+
+    def continue_run(self, run_id: str, last_sequence: int) -> None:
+        """An empty directory goes on with this run when it is opened, from this commit; one of this run too."""
+        self._continued = (run_id, last_sequence)
 
     def shut(self) -> None:
         """Close for good."""
@@ -282,6 +293,7 @@ class CheckpointDirectory:
         registry = self._finish_deletes(found, self._adopt(found))
         if found.recorded is None and not registry.checkpoints and self._run_id is not None:
             registry = replace(registry, run_id=self._run_id)
+        registry = self._with_continued(found, registry)
         self._run_id = registry.run_id
         registry = registry.with_checkpoints(
             replace(info, damaged=info.damaged and self._is_bad(str(info.filepath))) for info in registry.checkpoints
@@ -335,6 +347,16 @@ class CheckpointDirectory:
                 rescued.append(replace(description.info, protected=True))
                 self._report(logging.WARNING, "recovered", drop.name, "kept after all: what replaced it is damaged")
         return registry.with_checkpoints([*registry.checkpoints, *rescued])
+
+    def _with_continued(self, found: Survey, registry: Registry) -> Registry:
+        if self._continued is None:
+            return registry
+        run_id, last_sequence = self._continued
+        if found.recorded is None and not registry.checkpoints:
+            registry = replace(registry, run_id=run_id)
+        if registry.run_id == run_id:
+            registry = replace(registry, last_sequence=max(registry.last_sequence, last_sequence))
+        return registry
 
     def _is_bad(self, name: str) -> bool:
         try:
@@ -523,8 +545,25 @@ class CheckpointDirectory:
     def _with(self, info: CheckpointInfo) -> Registry:
         registry = self._own_registry().with_checkpoint(info).with_damaged(self._damaged)
         if self.retention is not None:
-            registry = registry.keeping(retained(self.retention, registry.checkpoints))
+            registry = registry.keeping(self._retained(self.retention, registry.checkpoints))
         return registry
+
+    def _retained(self, policy: RetentionPolicy, checkpoints: Sequence[CheckpointInfo]) -> frozenset[int]:
+        """What the policy keeps, and what a mirror has still to be brought, the newest first."""
+        kept = retained(policy, checkpoints)
+        if self.mirrored is None:
+            return kept
+        total, awaited = 0, set[int]()
+        for info in reversed(checkpoints):
+            total += info.num_bytes
+            if info.sequence is None or info.sequence <= self.mirrored:
+                break
+            if total <= self.mirror_backlog_bytes:
+                awaited.add(info.sequence)
+            elif info.sequence not in kept:
+                detail = f"dropped before it was mirrored: over {self.mirror_backlog_bytes:,} bytes wait for the mirror"
+                self._report(logging.ERROR, "mirror_failed", str(info.filepath), detail)
+        return kept | awaited
 
     def _is_there(self, info: CheckpointInfo) -> bool:
         with contextlib.suppress(OSError, CorruptCheckpointError):
@@ -537,7 +576,7 @@ class CheckpointDirectory:
         if policy is None:
             raise ValueError("no retention policy was given")
         bare = registry.with_checkpoints(replace(info, protected=False) for info in registry.checkpoints)
-        kept = retained(policy, bare.checkpoints)
+        kept = self._retained(policy, bare.checkpoints)
         return bare.keeping(kept), [info for info in bare.checkpoints if info.sequence not in kept]
 
     def _write(self, registry: Registry) -> None:

@@ -62,6 +62,7 @@ class Grant(Message, frozen=True):
     mode: str | None
     state: WriterState
     lock: bytes | None
+    mirror_backlog_bytes: int
 
 
 class PlannedListing(msgspec.Struct, frozen=True):
@@ -72,6 +73,7 @@ class PlannedListing(msgspec.Struct, frozen=True):
     run_id: str
     is_certain: bool
     damaged: list[int]
+    mirrored: int | None
 
 
 class Submit(Message, frozen=True):

@@ -293,7 +293,12 @@ class ProcessQueue:
                 self._grant(process, listing.directory)
                 damaged = sorted(listing.directory.damaged)
                 planned = PlannedListing(
-                    id(listing.directory), listing.info, listing.run_id, listing.is_certain, damaged
+                    id(listing.directory),
+                    listing.info,
+                    listing.run_id,
+                    listing.is_certain,
+                    damaged,
+                    listing.directory.mirrored,
                 )
             self._tell(Submit(entry.number, os.fsencode(entry.path), planned))
             entry.is_started = True
@@ -316,6 +321,7 @@ class ProcessQueue:
             mode=directory.mode,
             state=directory.state,
             lock=lock if isinstance(lock, bytes) else None,
+            mirror_backlog_bytes=directory.mirror_backlog_bytes,
         )
         process.connection.send(messages.encode(grant), (lock,) if isinstance(lock, int) else ())
         process.generations[number] = generation

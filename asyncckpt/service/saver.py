@@ -168,6 +168,7 @@ class AsyncCheckpointSaver:
         if exit_timeout_secs < 0:
             raise ValueError(f"exit_timeout_secs must be at least 0, not {exit_timeout_secs}")
         self.exit_code = exit_code
+        self.nice = nice
         self.stall_timeout_secs = stall_timeout_secs
         self._memory_limit = memory_limit
         self._on_success, self._on_failure = on_success, on_failure

@@ -279,6 +279,7 @@ class Writer:
             mode=grant.mode,
             report=self._emit,
         )
+        directory.mirror_backlog_bytes = grant.mirror_backlog_bytes
         directory.take_over(grant.state, lock)
         self._directories[grant.directory] = (grant.generation, directory)
 
@@ -290,6 +291,7 @@ class Writer:
         if message.listing is not None:
             _, directory = self._directories[message.listing.directory]
             directory.note_all_damaged(message.listing.damaged)
+            directory.mirrored = message.listing.mirrored
             listing = Listing(directory, message.listing.info, message.listing.run_id, message.listing.is_certain)
         image = RemoteImage(message.save, self)
         handle = SaveHandle(os.fsdecode(message.path), lambda action: None)

@@ -1,0 +1,284 @@
+"""A manager with a mirror: durable here first, there later; neither holds up the other."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from storage.s3_server import BUCKET, S3Server, server
+from torch import nn
+
+import asyncckpt
+from asyncckpt import CheckpointManager, KeepLast, WaitTimeoutError
+from asyncckpt.events import Event
+from asyncckpt.service import mirror as mirror_module
+
+__all__ = ["server"]
+
+
+class Filled(nn.Module):
+    """All of it is one number."""
+
+    def __init__(self, number: int = 0) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.full((2000,), float(number)), requires_grad=False)
+
+    @property
+    def number(self) -> int:
+        return int(self.weights[0])
+
+
+@pytest.fixture(params=["local", "s3"])
+def there(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict[str, Any]]:
+    """The mirror's place, and the options that open it."""
+    if request.param == "local":
+        return str(tmp_path / "there"), {}
+    running: S3Server = request.getfixturevalue("server")
+    return f"s3://{BUCKET}/{tmp_path.name}", {"storage_options": running.options}
+
+
+Make = Callable[..., CheckpointManager]
+
+
+@pytest.fixture
+def make(tmp_path: Path, there: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    monkeypatch.setattr(mirror_module, "_FIRST_PAUSE_SECS", 0.05)
+    monkeypatch.setattr(mirror_module, "_MAX_PAUSE_SECS", 0.1)
+    managers: list[CheckpointManager] = []
+
+    def make(path: Path = tmp_path / "here", **options: Any) -> CheckpointManager:
+        options = {"mirror": there[0], "save_rng": False, "lock_timeout_secs": 0.5, **there[1], **options}
+        managers.append(CheckpointManager(path, options.pop("max_checkpoints", 2), **options))
+        return managers[-1]
+
+    yield make
+    for manager in managers:
+        manager.close(60)
+
+
+@pytest.fixture
+def reader(there: tuple[str, dict[str, Any]]) -> Iterator[CheckpointManager]:
+    with CheckpointManager(there[0], **there[1]) as reader:
+        yield reader
+
+
+def save(manager: CheckpointManager, step: int, loss: float | None = None) -> asyncckpt.SaveHandle:
+    handle = manager.save(Filled(step), None, 1, step, val_loss=loss)
+    assert handle is not None
+    return handle
+
+
+def steps(manager: CheckpointManager) -> list[int | None]:
+    return [info.global_step for info in manager.list_checkpoints()]
+
+
+def test_everything_comes_to_the_mirror(make: Make, reader: CheckpointManager) -> None:
+    """With a registry, a retention and a best link of its own."""
+    manager = make(mirror_retention=KeepLast(3))
+    handles = [save(manager, step, 1 / step) for step in range(1, 6)]
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [3, 4, 5]
+    assert (reader.best and reader.best.global_step) == 5
+    assert all(report.ok for report in reader.verify())
+    mirrored = [handle.mirrored.result(60) for handle in handles if handle.mirrored is not None]
+    assert [info.global_step for info in mirrored] == [1, 2, 3, 4, 5]
+    assert str(mirrored[-1].filepath) == str(reader.list_checkpoints()[-1].filepath)
+    save(manager, 6)
+    manager.wait(60)
+    assert steps(manager) == [5, 6]
+
+
+def test_an_empty_disk_goes_on_with_the_mirrors_run(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
+    """A new machine: the run is resumed from the mirror, which neither loses nor mixes up anything."""
+    first = make()
+    for step in (1, 2, 3):
+        save(first, step, 1 / step)
+    first.close(60)
+    shutil.rmtree(tmp_path / "here")
+    second, model = make(), Filled()
+    epoch, _ = second.load_latest(model)
+    assert (epoch, model.number) == (1, 3)
+    assert second.load_best(model)[0] == 1
+    save(second, 4, 0.9)
+    second.wait(60, tier="mirror")
+    assert steps(second) == [4]
+    assert steps(reader) == [3, 4]
+    assert [info.sequence for info in reader.list_checkpoints()] == [3, 4]
+    assert (reader.best and reader.best.global_step) == 3
+
+
+def test_an_empty_disk_and_no_load(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
+    """It is the same run all the same."""
+    first = make()
+    save(first, 1)
+    first.close(60)
+    shutil.rmtree(tmp_path / "here")
+    second = make()
+    save(second, 2)
+    second.wait(60, tier="mirror")
+    assert steps(reader) == [1, 2]
+
+
+def test_the_newest_valid_one_of_both_places(make: Make, tmp_path: Path) -> None:
+    """What is damaged here is loaded from there, the newest first; of equals the local one."""
+    manager = make(max_checkpoints=3)
+    for step in (1, 2, 3):
+        save(manager, step)
+    manager.wait(60, tier="mirror")
+    events: list[Event] = []
+    loading, model = make(on_event=events.append), Filled()
+    loading.load_latest(model)
+    assert model.number == 3
+    assert not events
+    for name in ("step00000003", "step00000002"):
+        (path,) = (tmp_path / "here").glob(f"*{name}*")
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    loading.load_latest(model)
+    assert model.number == 3
+    loading.load(2, model)
+    assert model.number == 2
+
+
+def test_a_restart_catches_up(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
+    """What was saved without the mirror comes there with the next run that has one, the oldest first."""
+    alone = make(mirror=None, max_checkpoints=3)
+    for step in (1, 2, 3):
+        save(alone, step)
+    alone.close(60)
+    manager = make(max_checkpoints=3)
+    save(manager, 4)
+    manager.wait(60, tier="mirror")
+    assert steps(manager) == [1, 2, 3, 4]  # the first was not there yet
+    assert steps(reader) == [2, 3, 4]
+
+
+def test_another_runs_mirror_is_left_alone(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
+    """Loudly; nothing of it is touched, and training goes on."""
+    first = make()
+    save(first, 1)
+    first.close(60)
+    other = make(tmp_path / "other", mirror=None)
+    save(other, 7)
+    other.close(60)
+    failed = threading.Event()
+    events: list[Event] = []
+
+    def note(event: Event) -> None:
+        events.append(event)
+        if event.kind == "mirror_failed":
+            failed.set()
+
+    second = make(tmp_path / "other", on_event=note)
+    handle = save(second, 8)
+    handle.result(60)
+    assert failed.wait(60)
+    assert "another run's" in next(event.detail for event in events if event.kind == "mirror_failed")
+    assert steps(reader) == [1]
+    model = Filled()
+    second.load_latest(model)
+    assert model.number == 8
+
+
+def test_a_damaged_one_is_not_mirrored(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
+    alone = make(mirror=None, max_checkpoints=3)
+    for step in (1, 2):
+        save(alone, step)
+    alone.close(60)
+    (path,) = (tmp_path / "here").glob("*step00000001*")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    manager = make(max_checkpoints=3)
+    save(manager, 3)
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [2, 3]
+
+
+class Down:
+    """A mirror that is a directory which can't be written, until `up`."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.path = tmp_path / "down"
+        self.path.write_text("in the way")
+
+    def up(self) -> None:
+        self.path.unlink()
+
+
+def test_a_mirror_that_is_down_holds_up_nothing(make: Make, tmp_path: Path) -> None:
+    """What it lacks is kept here, up to the backlog, and brought there once it is up."""
+    down = Down(tmp_path)
+    failed = threading.Event()
+    manager = make(
+        mirror=down.path,
+        mirror_backlog_bytes=10 << 20,
+        on_event=lambda event: failed.set() if event.kind == "mirror_failed" else None,
+    )
+    handles = [save(manager, step) for step in range(1, 6)]
+    manager.wait(60)
+    assert failed.wait(60)
+    assert steps(manager) == [1, 2, 3, 4, 5]
+    with pytest.raises(WaitTimeoutError, match=r"mirror does not have everything yet: .*[Nn]ot a directory"):
+        manager.wait(0.2, tier="mirror")
+    down.up()
+    manager.wait(60, tier="mirror")
+    with CheckpointManager(down.path) as reader:
+        assert steps(reader) == [4, 5]
+    assert all(handle.mirrored is not None and handle.mirrored.result(60) for handle in handles)
+    save(manager, 6)
+    manager.wait(60)
+    assert steps(manager) == [5, 6]
+
+
+def test_beyond_the_backlog_the_oldest_are_dropped_loudly(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    down = Down(tmp_path)
+    manager = make(mirror=down.path, mirror_backlog_bytes=0)
+    handles = [save(manager, step) for step in (1, 2)]
+    manager.wait(60)
+    handles += [save(manager, step) for step in (3, 4)]
+    manager.wait(60)
+    assert steps(manager) == [3, 4]
+    assert "dropped before it was mirrored" in caplog.text
+    down.up()
+    manager.wait(60, tier="mirror")
+    with CheckpointManager(down.path) as reader:
+        assert steps(reader) == [3, 4]
+    assert handles[0].mirrored is not None
+    with pytest.raises(asyncckpt.CheckpointError, match="before it was mirrored"):
+        handles[0].mirrored.result(60)
+
+
+def test_closing_does_not_wait_for_a_mirror_that_is_down(make: Make, tmp_path: Path) -> None:
+    down = Down(tmp_path)
+    manager = make(mirror=down.path)
+    save(manager, 1)
+    manager.close()
+    assert steps(manager) == [1]
+
+
+def test_nothing_here_and_the_mirror_does_not_answer(make: Make, tmp_path: Path) -> None:
+    """To start from scratch then would be a surprise."""
+    down = Down(tmp_path)
+    with pytest.raises(OSError, match=r"[Nn]ot a directory"):
+        make(mirror=down.path).load_latest(Filled())
+    down.up()
+    assert make(mirror=down.path).load_latest(Filled()) == (0, {})
+
+
+def test_what_makes_no_sense(make: Make, tmp_path: Path) -> None:
+    manager = make(mirror=None)
+    with pytest.raises(ValueError, match="has no mirror"):
+        manager.wait(tier="mirror")
+    with pytest.raises(ValueError, match="tier must be"):
+        manager.wait(tier="moon")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="mirror"):
+        make(mirror=tmp_path / "here")
