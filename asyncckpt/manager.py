@@ -30,17 +30,17 @@ from asyncckpt.errors import (
     WaitTimeoutError,
 )
 from asyncckpt.image.file import verify_listed
-from asyncckpt.naming import BEST_NAME, checkpoint_name
+from asyncckpt.naming import BEST_NAME, JOURNALS_NAME, checkpoint_name
 from asyncckpt.overhead import OverheadMeter
 from asyncckpt.paths import as_path
 from asyncckpt.policies import Progress, SavePolicy
 from asyncckpt.records import CheckpointInfo, Timings, VerifyReport, is_better
 from asyncckpt.registry.directory import CheckpointDirectory, Listing
 from asyncckpt.registry.registry import Registry
-from asyncckpt.registry.replication import Replica
-from asyncckpt.registry.retention import KeepLast, RetentionPolicy
+from asyncckpt.registry.retention import KeepLast, RetentionPolicy, to_plain
 from asyncckpt.resume import Resume, Target, check_names
 from asyncckpt.service.handle import SaveHandle
+from asyncckpt.service.messages import SetupMirror
 from asyncckpt.service.mirror import Mirror
 from asyncckpt.service.saver import AsyncCheckpointSaver
 from asyncckpt.state.capture import as_float, as_int, create_checkpoint, unwrap
@@ -132,6 +132,7 @@ class CheckpointManager:
         self._storage = BoundedStorage()
         self._finalizer = weakref.finalize(self, self._storage.end, _nothing)
         self._finalizer.atexit = False
+        self._lock_timeout_secs = lock_timeout_secs
         self._max_opening_secs = lock_timeout_secs + self._saver.stall_timeout_secs
         self._directory = CheckpointDirectory(
             str(self.checkpoint_dir),
@@ -387,8 +388,23 @@ class CheckpointManager:
                     self._directory.continue_run(mirrored.run_id, mirrored.last_sequence)
         self._directory.open_for_writing()
         if directory is not None and self._mirror is None:
-            replica = Replica(self._directory, self._saver.storage, directory)
-            self._mirror = Mirror(replica, self._saver.emit, nice=self._saver.nice)
+            self._mirror = self._start_mirror(directory)
+
+    def _start_mirror(self, directory: CheckpointDirectory) -> Mirror:
+        retention = directory.retention
+        assert retention is not None
+        setup = SetupMirror(
+            source=os.fsencode(self.checkpoint_dir),
+            target=os.fsencode(directory.path),
+            retention=to_plain(retention),
+            metric=self.monitor_metric,
+            mode=self.monitor_mode,
+            lock_timeout_secs=self._lock_timeout_secs,
+            nice=self._saver.nice,
+            storage_options=self._saver.storage.options,
+            journals=self._directory.path_of(JOURNALS_NAME),
+        )
+        return Mirror.start(setup, retention, self._saver.emit, in_process=self._saver.writer != "thread")
 
     def _looks_open(self) -> bool | None:
         """Whether the directory is open for writing; None when it should be, but the storage does not answer."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,13 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from service.disk import wait_for
 from storage.s3_server import BUCKET, S3Server, server
 from torch import nn
 
 import asyncckpt
 from asyncckpt import CheckpointManager, KeepLast, WaitTimeoutError
 from asyncckpt.events import Event
-from asyncckpt.service import mirror as mirror_module
+from asyncckpt.service import replicator
+from asyncckpt.service.mirror import ProcessCopier
+from asyncckpt.storage.places import Places
 
 __all__ = ["server"]
 
@@ -33,26 +40,44 @@ class Filled(nn.Module):
         return int(self.weights[0])
 
 
-@pytest.fixture(params=["local", "s3"])
-def there(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict[str, Any]]:
+@pytest.fixture(params=["to a directory", "to a directory, by a thread", "to S3"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def there(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict[str, Any]]:
     """The mirror's place, and the options that open it."""
-    if request.param == "local":
+    if kind != "to S3":
         return str(tmp_path / "there"), {}
     running: S3Server = request.getfixturevalue("server")
     return f"s3://{BUCKET}/{tmp_path.name}", {"storage_options": running.options}
+
+
+only_to_a_directory = pytest.mark.parametrize("kind", ["to a directory"])
+only_by_processes = pytest.mark.parametrize("kind", ["to a directory", "to S3"])
 
 
 Make = Callable[..., CheckpointManager]
 
 
 @pytest.fixture
-def make(tmp_path: Path, there: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    monkeypatch.setattr(mirror_module, "_FIRST_PAUSE_SECS", 0.05)
-    monkeypatch.setattr(mirror_module, "_MAX_PAUSE_SECS", 0.1)
+def make(
+    tmp_path: Path, kind: str, there: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Make]:
+    writer = "thread" if kind.endswith("thread") else "auto"
+    monkeypatch.setattr(replicator, "_MAX_PAUSE_SECS", 0.1)  # of a thread
     managers: list[CheckpointManager] = []
 
     def make(path: Path = tmp_path / "here", **options: Any) -> CheckpointManager:
-        options = {"mirror": there[0], "save_rng": False, "lock_timeout_secs": 0.5, **there[1], **options}
+        options = {
+            "mirror": there[0],
+            "writer": writer,
+            "save_rng": False,
+            "lock_timeout_secs": 0.5,
+            **there[1],
+            **options,
+        }
         managers.append(CheckpointManager(path, options.pop("max_checkpoints", 2), **options))
         return managers[-1]
 
@@ -146,6 +171,7 @@ def test_the_newest_valid_one_of_both_places(make: Make, tmp_path: Path) -> None
     assert model.number == 2
 
 
+@only_to_a_directory
 def test_a_restart_catches_up(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
     """What was saved without the mirror comes there with the next run that has one, the oldest first."""
     alone = make(mirror=None, max_checkpoints=3)
@@ -237,6 +263,7 @@ def test_a_mirror_that_is_down_holds_up_nothing(make: Make, tmp_path: Path) -> N
     assert steps(manager) == [5, 6]
 
 
+@only_to_a_directory
 def test_beyond_the_backlog_the_oldest_are_dropped_loudly(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -257,6 +284,7 @@ def test_beyond_the_backlog_the_oldest_are_dropped_loudly(
         handles[0].mirrored.result(60)
 
 
+@only_to_a_directory
 def test_closing_does_not_wait_for_a_mirror_that_is_down(make: Make, tmp_path: Path) -> None:
     down = Down(tmp_path)
     manager = make(mirror=down.path)
@@ -265,6 +293,7 @@ def test_closing_does_not_wait_for_a_mirror_that_is_down(make: Make, tmp_path: P
     assert steps(manager) == [1]
 
 
+@only_to_a_directory
 def test_nothing_here_and_the_mirror_does_not_answer(make: Make, tmp_path: Path) -> None:
     """To start from scratch then would be a surprise."""
     down = Down(tmp_path)
@@ -274,6 +303,7 @@ def test_nothing_here_and_the_mirror_does_not_answer(make: Make, tmp_path: Path)
     assert make(mirror=down.path).load_latest(Filled()) == (0, {})
 
 
+@only_to_a_directory
 def test_what_makes_no_sense(make: Make, tmp_path: Path) -> None:
     manager = make(mirror=None)
     with pytest.raises(ValueError, match="has no mirror"):
@@ -282,3 +312,48 @@ def test_what_makes_no_sense(make: Make, tmp_path: Path) -> None:
         manager.wait(tier="moon")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="mirror"):
         make(mirror=tmp_path / "here")
+
+
+# --- the process that copies ---
+
+
+@only_by_processes
+def test_the_trainer_is_killed(there: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    """What was durable locally comes to the mirror all the same, whose place is free then."""
+    place, options = there
+    source = f"""
+import os, signal, sys
+sys.path[:0] = {sys.path!r}
+import asyncckpt, torch
+from torch import nn
+manager = asyncckpt.CheckpointManager({str(tmp_path / "here")!r}, 5, mirror={place!r}, **{options!r})
+for step in range(1, 4):
+    manager.save(nn.Linear(2000, 200), None, 1, step)
+manager.wait()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", source], check=False).returncode == -signal.SIGKILL
+    with CheckpointManager(place, **options) as reader:
+        wait_for(lambda: steps(reader) == [1, 2, 3])
+        assert all(report.ok for report in reader.verify())
+    wait_for(lambda: not Places(options.get("storage_options")).is_locked(place))
+
+
+@only_to_a_directory
+def test_the_process_is_killed(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
+    """Another one takes its place."""
+    manager = make(max_checkpoints=5)
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+    for step in (2, 3):
+        assert manager._mirror is not None
+        copier = manager._mirror._copier
+        assert isinstance(copier, ProcessCopier)
+        before = copier.pid
+        assert before is not None
+        os.kill(before, signal.SIGKILL)
+        save(manager, step)
+        manager.wait(60, tier="mirror")
+        assert copier.pid != before
+    assert steps(reader) == [1, 2, 3]
+    assert steps(manager) == [1, 2, 3]

@@ -179,6 +179,55 @@ class Logged(Message, frozen=True):
 FromWriter = Hello | Begun | AskCommit | Settled | Finished | Happened | Logged
 
 
+# --- to the mirror's process, and from it ---
+
+
+class SetupMirror(Message, frozen=True):
+    """What to copy where, and how; said first."""
+
+    source: bytes
+    target: bytes
+    retention: PlainPolicy | None
+    metric: str
+    mode: str
+    lock_timeout_secs: float
+    nice: int
+    storage_options: dict[str, Any]
+    journals: str | None
+
+
+class Poke(Message, frozen=True):
+    """There may be something to copy."""
+
+    number: int
+
+
+class Copied(Message, frozen=True):
+    """A checkpoint is in the mirror."""
+
+    sequence: int
+    info: CheckpointInfo
+
+
+class GivenUp(Message, frozen=True):
+    """A checkpoint will never be in the mirror."""
+
+    sequence: int
+    error: PlainError
+
+
+class Progress(Message, frozen=True):
+    """How far the mirror is: see `Listener.progress`."""
+
+    mirrored: int
+    problem: PlainError | None
+    caught_up_with: int
+
+
+ToMirror = SetupMirror | Poke | Farewell
+FromMirror = Copied | GivenUp | Progress | Happened | Logged
+
+
 # --- as bytes ---
 
 
@@ -197,6 +246,16 @@ def decode_from_writer(body: bytes | memoryview) -> FromWriter:
     return _from_writer.decode(body)
 
 
+def decode_to_mirror(body: bytes | memoryview) -> ToMirror:
+    """What the trainer said. Raises msgspec's `ValidationError` for anything else."""
+    return _to_mirror.decode(body)
+
+
+def decode_from_mirror(body: bytes | memoryview) -> FromMirror:
+    """What the mirror's process said. Raises msgspec's `ValidationError` for anything else."""
+    return _from_mirror.decode(body)
+
+
 def _encode_other(value: object) -> object:
     if isinstance(value, Path):  # as bytes: names need not be valid text
         return os.fsencode(value)
@@ -212,6 +271,8 @@ def _decode_other(kind: type, value: object) -> object:
 _encoder = msgspec.msgpack.Encoder(enc_hook=_encode_other)
 _to_writer: msgspec.msgpack.Decoder[ToWriter] = msgspec.msgpack.Decoder(ToWriter, dec_hook=_decode_other)
 _from_writer: msgspec.msgpack.Decoder[FromWriter] = msgspec.msgpack.Decoder(FromWriter, dec_hook=_decode_other)
+_to_mirror: msgspec.msgpack.Decoder[ToMirror] = msgspec.msgpack.Decoder(ToMirror, dec_hook=_decode_other)
+_from_mirror: msgspec.msgpack.Decoder[FromMirror] = msgspec.msgpack.Decoder(FromMirror, dec_hook=_decode_other)
 
 
 # --- errors ---

@@ -1,49 +1,82 @@
-"""The mirror: a second place that every checkpoint of a directory comes to, in the background. No torch.
+"""The mirror, seen from the trainer: a second place that every checkpoint of a directory comes to. No torch.
 
-It never holds up training or the directory itself: while the second place does not answer, what it lacks waits, and is
-brought there when it answers again, or by the next run.
+A light process of its own does the copying, since a network is no business of a process whose GIL is busy; it goes on
+when the trainer ends, until nothing is lacking. Where there can be none, a thread does.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
+import os
 import threading
 import time
 from concurrent.futures import Future
 
-from asyncckpt.errors import CheckpointError, CorruptCheckpointError
+from asyncckpt.errors import CheckpointError
 from asyncckpt.records import CheckpointInfo
-from asyncckpt.registry.directory import Report
 from asyncckpt.registry.replication import Replica
-from asyncckpt.threads import log_quietly, lower_priority
+from asyncckpt.registry.retention import RetentionPolicy, to_plain
+from asyncckpt.service import messages
+from asyncckpt.service.messages import Copied, Farewell, GivenUp, Happened, Logged, Poke, Progress, SetupMirror
+from asyncckpt.service.queue import Emit
+from asyncckpt.service.replicator import Replicator, make_replica
+from asyncckpt.service.writer_process import MIRROR_MODULE, WriterProcess, why_not
+from asyncckpt.threads import log_quietly
 
-_FIRST_PAUSE_SECS = 1.0
-_MAX_PAUSE_SECS = 60.0
-_LOOK_UP_SECS = 0.2
 _POLL_SECS = 0.02
+_MAX_ENDING_SECS = 10.0
+_FIRST_PAUSE_SECS = 1.0  # before a process that has died is replaced
+_MAX_PAUSE_SECS = 60.0
 
 
 class Mirror:
-    """Copies to a replica on a thread of its own. Thread-safe.
+    """What becomes of a directory's checkpoints in a second place. Thread-safe.
 
     `mirrored` is the sequence number up to which everything has arrived, or will never arrive (it was dropped before);
-    0 as long as the replica has not been seen.
+    0 as long as that is not known. `problem` is what keeps the mirror behind at the moment.
     """
 
-    def __init__(self, replica: Replica, emit: Report, *, nice: int) -> None:
+    def __init__(self, emit: Emit) -> None:
         self.mirrored = 0
-        self._replica = replica
-        self._emit = emit
-        self._nice = nice
+        self.problem: Exception | None = None
+        self.emit = emit
         self._futures: dict[int, Future[CheckpointInfo]] = {}
-        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._is_stopped = False
-        self._is_idle = False
-        self._problem: Exception | None = None
-        self._damaged: set[int] = set()
-        self._thread = threading.Thread(target=self._run, name="asyncckpt-mirror", daemon=True)
-        self._thread.start()
+        self._lock = threading.Lock()
+        self._num_pokes = 0
+        self._caught_up_with = 0
+        self._is_closed = False
+        self._copier: ThreadCopier | ProcessCopier
+
+    @classmethod
+    def in_thread(cls, replica: Replica, emit: Emit, nice: int) -> Mirror:
+        """Copied to by a thread of this process."""
+        mirror = cls(emit)
+        mirror._copier = ThreadCopier(Replicator(replica, mirror, nice=nice))
+        mirror._poke()
+        return mirror
+
+    @classmethod
+    def in_process(cls, setup: SetupMirror, emit: Emit) -> Mirror:
+        """Copied to by a process of its own. Raises OSError when that can't be started."""
+        mirror = cls(emit)
+        mirror._copier = ProcessCopier(setup, mirror)
+        mirror._poke()
+        return mirror
+
+    @classmethod
+    def start(cls, setup: SetupMirror, retention: RetentionPolicy, emit: Emit, *, in_process: bool) -> Mirror:
+        """Copied to by a process, if it is wanted and can be had; else by a thread, with a word in the log."""
+        if in_process:
+            reason = why_not()
+            if to_plain(retention) is None:
+                reason = f"the retention policy {retention!r} is code that another process does not have"
+            try:
+                if reason is None:
+                    return cls.in_process(setup, emit)
+            except OSError as error:
+                reason = f"the mirror's process can't be started: {error}"
+            log_quietly(logging.WARNING, f"{reason}: a thread copies to the mirror, and does not outlive the trainer")
+        return cls.in_thread(make_replica(setup, retention), emit, setup.nice)
 
     def expect(self, sequence: int) -> Future[CheckpointInfo]:
         """What becomes of a checkpoint that is being saved: its place in the mirror, or why it never got there."""
@@ -64,101 +97,143 @@ class Mirror:
         Whatever was saved before must be durable locally.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        self._is_idle = False
-        self._poke()
-        while not self._is_idle and self._thread.is_alive():
+        number = self._poke()
+        while self._caught_up_with < number:
             if deadline is not None and time.monotonic() >= deadline:
                 return False
-            if self._problem is not None and not while_down:
+            if (self.problem is not None and not while_down) or self._is_closed:
                 return False
             time.sleep(_POLL_SECS)
         return True
 
-    @property
-    def problem(self) -> Exception | None:
-        """What keeps the mirror behind at the moment."""
-        return self._problem
-
     def close(self, timeout: float | None) -> bool:
-        """Bring what is lacking, if that can be done now and in time, and end; False if something is lacking."""
+        """Bring what is lacking, if that can be done now and in time, and end; False if something is lacking.
+
+        Safe to call twice.
+        """
+        if self._is_closed:
+            return True
         is_complete = self.wait(timeout, while_down=False)
-        self._is_stopped = True
-        self._poke()
-        self._thread.join(timeout)
+        self._is_closed = True
+        self._copier.stop(_MAX_ENDING_SECS if timeout is None else timeout)
         if not is_complete:
-            reason = f": {self._problem}" if self._problem is not None else ""
+            reason = f": {self.problem}" if self.problem is not None else ""
             log_quietly(logging.WARNING, f"the mirror lacks some checkpoints{reason}; the next run brings them there")
         return is_complete
 
-    def _poke(self) -> None:
-        self._wake.put(None)
+    def _poke(self) -> int:
+        with self._lock:
+            self._num_pokes += 1
+            number = self._num_pokes
+        self._copier.poke(number)
+        return number
 
-    # --- on its thread ---
+    # --- what the replicator tells ---
 
-    def _run(self) -> None:
-        lower_priority(self._nice)
-        pause = 0.0
-        while not self._is_stopped:
-            self._await_poke(pause)
-            try:
-                self._catch_up()
-                pause, self._problem = 0.0, None
-            except (OSError, CheckpointError) as error:
-                pause = min(max(2 * pause, _FIRST_PAUSE_SECS), _MAX_PAUSE_SECS)
-                self._note_problem(error, pause)
-        try:
-            self._replica.close()
-        except OSError as error:
-            log_quietly(logging.WARNING, f"the mirror could not be given back: {error}")
+    def copied(self, sequence: int, info: CheckpointInfo) -> None:
+        if (future := self._futures.pop(sequence, None)) is not None:
+            future.set_result(info)
 
-    def _await_poke(self, pause: float) -> None:
-        """After a failure not before the pause is over."""
-        deadline = time.monotonic() + pause
-        while not self._is_stopped and (rest := deadline - time.monotonic()) > 0:
-            time.sleep(min(rest, _LOOK_UP_SECS))
-        if pause == 0.0 and self._wake.empty():
-            self._is_idle = True
-            self._wake.get()
-        while not self._wake.empty():
-            self._wake.get()
-
-    def _catch_up(self) -> None:
-        lacking = [info for info in self._replica.lacking() if info.sequence not in self._damaged]
-        self._note_mirrored(lacking)
-        for number, info in enumerate(lacking):
-            if self._is_stopped:
-                return
-            self._copy(info)
-            self._note_mirrored(lacking[number + 1 :])
-
-    def _copy(self, info: CheckpointInfo) -> None:
-        assert info.sequence is not None
-        try:
-            copied = self._replica.copy(info)
-        except CorruptCheckpointError as error:
-            self._damaged.add(info.sequence)
-            self._give_up(info.sequence, error)
-            return
-        if copied is None:
-            self._give_up(info.sequence, CheckpointError(f"{info.filepath} was deleted before it was mirrored"))
-        elif (future := self._futures.pop(info.sequence, None)) is not None:
-            future.set_result(copied)
-        if copied is not None:
-            self._emit("mirrored", str(copied.filepath), "")
-
-    def _give_up(self, sequence: int, error: Exception) -> None:
+    def given_up(self, sequence: int, error: Exception) -> None:
         log_quietly(logging.ERROR, str(error))
         if (future := self._futures.pop(sequence, None)) is not None:
             future.set_exception(error)
 
-    def _note_mirrored(self, lacking: list[CheckpointInfo]) -> None:
-        rest = [info.sequence for info in lacking if info.sequence is not None]
-        self.mirrored = min(rest) - 1 if rest else self._replica.last_sequence
-        for sequence in [sequence for sequence in list(self._futures) if sequence <= self.mirrored]:
-            self._give_up(sequence, CheckpointError(f"commit {sequence} was dropped before it was mirrored"))
+    def progress(self, mirrored: int, problem: Exception | None, caught_up_with: int) -> None:
+        self.mirrored, self.problem = mirrored, problem
+        for sequence in [sequence for sequence in list(self._futures) if sequence <= mirrored]:
+            self.given_up(sequence, CheckpointError(f"commit {sequence} was dropped before it was mirrored"))
+        self._caught_up_with = caught_up_with
 
-    def _note_problem(self, error: Exception, pause: float) -> None:
-        if str(error) != str(self._problem):
-            log_quietly(logging.WARNING, f"the mirror does not take anything at the moment: {error}; tried again")
-            self._emit("mirror_failed", "", str(error))
-        self._problem = error
+
+class ThreadCopier:
+    """A thread of this process that copies."""
+
+    def __init__(self, replicator: Replicator) -> None:
+        self._replicator = replicator
+        self.poke = replicator.poke
+
+    def stop(self, timeout: float) -> None:
+        self._replicator.stop()
+        self._replicator.join(timeout)
+
+
+class ProcessCopier:
+    """A process that copies, replaced when it dies, and the thread that hears it."""
+
+    def __init__(self, setup: SetupMirror, mirror: Mirror) -> None:
+        self._setup = setup
+        self._mirror = mirror
+        self._is_stopped = False
+        self._newest_poke = 0
+        self._process: WriterProcess | None = self._start()
+        self._thread = threading.Thread(target=self._serve, name="asyncckpt-mirror", daemon=True)
+        self._thread.start()
+
+    def poke(self, number: int) -> None:
+        self._newest_poke = number
+        if (process := self._process) is not None:
+            process.connection.send(messages.encode(Poke(number)))
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id; None while there is none."""
+        process = self._process
+        return process.pid if process is not None else None
+
+    def stop(self, timeout: float) -> None:
+        self._is_stopped = True
+        if (process := self._process) is not None:
+            process.connection.send(messages.encode(Farewell()))
+            process.hang_up()
+        self._thread.join(timeout)
+
+    def _start(self) -> WriterProcess:
+        process = WriterProcess(MIRROR_MODULE)
+        process.connection.send(messages.encode(self._setup))
+        return process
+
+    def _serve(self) -> None:
+        pause = 0.0
+        while (process := self._process) is not None:
+            while process.connection.wait(process.pidfd) or process.connection.has_more():
+                received = process.connection.receive()
+                if received is None:
+                    break
+                pause = 0.0
+                self._hear(messages.decode_from_mirror(received[0]))
+            process.wait()
+            if self._is_stopped:
+                return
+            log_quietly(logging.WARNING, f"the mirror's process {process.pid} {process.describe_end()}")
+            pause = min(max(2 * pause, _FIRST_PAUSE_SECS), _MAX_PAUSE_SECS)
+            self._process = self._start_another(pause)
+
+    def _start_another(self, pause: float) -> WriterProcess | None:
+        while not self._is_stopped:
+            deadline = time.monotonic() + pause
+            while not self._is_stopped and time.monotonic() < deadline:
+                time.sleep(_POLL_SECS)
+            try:
+                process = self._start()
+            except OSError as error:
+                log_quietly(logging.WARNING, f"the mirror's process can't be started: {error}")
+                pause = _MAX_PAUSE_SECS
+                continue
+            process.connection.send(messages.encode(Poke(self._newest_poke)))
+            return process
+        return None
+
+    def _hear(self, message: messages.FromMirror) -> None:
+        mirror = self._mirror
+        if isinstance(message, Copied):
+            mirror.copied(message.sequence, message.info)
+        elif isinstance(message, GivenUp):
+            mirror.given_up(message.sequence, messages.rebuild_error(message.error))
+        elif isinstance(message, Progress):
+            problem = messages.rebuild_error(message.problem) if message.problem is not None else None
+            mirror.progress(message.mirrored, problem, message.caught_up_with)
+        elif isinstance(message, Logged):
+            log_quietly(message.level, message.text)
+        elif isinstance(message, Happened):
+            mirror.emit(message.kind, os.fsdecode(message.path), message.detail)

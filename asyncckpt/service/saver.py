@@ -187,7 +187,7 @@ class AsyncCheckpointSaver:
         self._pid = os.getpid()
 
         self._admission = Admission(max_in_flight, when_full)
-        self._writer = writer
+        self.writer = writer
         self.storage = Places(storage_options, _journals_directory())
         self._setup = Setup(
             num_workers,
@@ -353,7 +353,7 @@ class AsyncCheckpointSaver:
         Blocks until the saves in flight are done. False where no process can be had, or with `writer="thread"`.
         """
         self.check_usable()
-        if self._writer == "auto" and isinstance(self._queue, SaveQueue):
+        if self.writer == "auto" and isinstance(self._queue, SaveQueue):
             self.wait_idle()
             queue = _in_process(self._queue, self._setup, self.emit)
             with self._lock:

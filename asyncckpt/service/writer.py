@@ -14,8 +14,10 @@ import socket
 import stat
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 from asyncckpt.events import EventKind
 from asyncckpt.image.arena import Arena
@@ -64,11 +66,16 @@ _OOM_SCORE_STEP = 500
 
 def main(connection_fd: int, trainer_fd: int) -> None:
     """Run until the trainer ends, or hangs up, and all is written. `trainer_fd` is its pidfd."""
+    run_process(connection_fd, lambda connection: Writer(connection, trainer_fd).run())
+
+
+def run_process(connection_fd: int, run: Callable[[Connection], object]) -> None:
+    """All of a process of ours; what is meant for the trainer does not end it."""
     for number in IGNORED_SIGNALS:  # what is meant for the trainer's process group, terminal or job step
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)  # blocked while the trainer started us
     connection = Connection(socket.socket(fileno=connection_fd))
-    Writer(connection, trainer_fd).run()
+    run(connection)
     logging.shutdown()
     _remove_empty_log()
     os._exit(0)  # nothing is left to be done, and threads that hang in a system call must not keep us
@@ -169,7 +176,7 @@ class Writer:
         self._telling = threading.Lock()  # what is said of a directory's state is said in the order of its changes
 
     def run(self) -> None:
-        logger.addHandler(_Forwarder(self))
+        logger.addHandler(Forwarder(self))
         logger.setLevel(logging.INFO)
         while self._connection.wait(self._trainer_fd):
             received = self._connection.receive()
@@ -351,10 +358,19 @@ def _state_of(listing: Listing | None) -> WriterState | None:
     return None if listing is None else listing.directory.state
 
 
-class _Forwarder(logging.Handler):
-    """The writer's log is the trainer's, and its own once the trainer has ended."""
+class Teller(Protocol):
+    """A process that tells its trainer."""
 
-    def __init__(self, writer: Writer) -> None:
+    @property
+    def is_orphan(self) -> bool: ...
+
+    def send(self, message: Message) -> None: ...
+
+
+class Forwarder(logging.Handler):
+    """The process's log is the trainer's, and its own once the trainer has ended."""
+
+    def __init__(self, writer: Teller) -> None:
         super().__init__()
         self._writer = writer
         self._file = logging.StreamHandler(sys.stderr)

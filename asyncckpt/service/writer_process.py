@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from asyncckpt.naming import WRITER_LOG_PREFIX, WRITER_NAME
 from asyncckpt.service.connection import Connection
 
+WRITER_MODULE, MIRROR_MODULE = "asyncckpt.service.writer", "asyncckpt.service.mirror_process"
 _NAME = "/proc/self/comm"
 _IMPORTS = ("asyncckpt", "msgspec", "isal")
 _MAX_LOG_BYTES = 2000
@@ -34,14 +35,14 @@ def why_not() -> str | None:
     return None
 
 
-def command(connection_fd: int, trainer_fd: int) -> list[str]:
+def command(connection_fd: int, trainer_fd: int, module: str) -> list[str]:
     """Isolated from the environment and the working directory, where a `queue.py` of the user's may lie; the
     directories of the few packages that it needs come last, behind the standard library."""
     code = (
         # Its name first: `asyncckpt run` knows by it for whom it has to wait.
         f"import os, sys; os.path.exists({_NAME!r}) and open({_NAME!r}, 'w').write({WRITER_NAME!r}); "
         f"sys.path += {import_path()!r}; "
-        f"from asyncckpt.service.writer import main; main({connection_fd}, {trainer_fd})"
+        f"from {module} import main; main({connection_fd}, {trainer_fd})"
     )
     # The same encoding of file names, which may have come from the environment.
     return [sys.executable, "-I", "-S", "-X", f"utf8={sys.flags.utf8_mode}", "-c", code]
@@ -61,12 +62,12 @@ def import_path() -> list[str]:
 
 
 class WriterProcess:
-    """A writer process that has been started, which it is told by `connection`; `pidfd` can be read once it has ended.
+    """A process that runs a module's `main` and is spoken to by `connection`; `pidfd` can be read once it has ended.
 
     What it says on stderr goes to a file: an orphan must not keep alive who reads the trainer's output.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = WRITER_MODULE) -> None:
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as its:
             our_end, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             its.callback(its_end.close)
@@ -78,7 +79,7 @@ class WriterProcess:
             its.callback(os.close, trainer_fd)
             with _signals_blocked():
                 self._process = subprocess.Popen(
-                    command(its_end.fileno(), trainer_fd),
+                    command(its_end.fileno(), trainer_fd, module),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=log_fd,

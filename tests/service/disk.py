@@ -155,18 +155,18 @@ def controlled(control: Path) -> Iterator[None]:
         os.close(calls)
 
 
-def writer_command(control: Path, *, prelude: str = "") -> Callable[[int, int], list[str]]:
+def writer_command(control: Path, *, prelude: str = "") -> Callable[[int, int, str], list[str]]:
     """In place of `writer_process.command`: a writer process on such a disk. `prelude` is run in it first."""
 
-    def command(connection_fd: int, trainer_fd: int) -> list[str]:
-        *interpreter, code = _COMMAND(connection_fd, trainer_fd)
+    def command(connection_fd: int, trainer_fd: int, module: str) -> list[str]:
+        *interpreter, code = _COMMAND(connection_fd, trainer_fd, module)
         start, _ = code.split("from asyncckpt", 1)
         code = f"""{start}
 sys.path += [{str(TESTS)!r}]
 {prelude}
 from pathlib import Path
 from service.disk import controlled
-from asyncckpt.service.writer import main
+from {module} import main
 with controlled(Path({str(control)!r})):
     main({connection_fd}, {trainer_fd})
 """

@@ -1,0 +1,90 @@
+"""The mirror's process: copies what the trainer's directory has to the mirror. No torch.
+
+When the trainer ends, however it ends, it brings what is lacking, as long as that can be done, and then ends too.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+from asyncckpt.events import EventKind
+from asyncckpt.records import CheckpointInfo
+from asyncckpt.service import messages
+from asyncckpt.service.connection import Connection
+from asyncckpt.service.messages import Copied, Farewell, GivenUp, Happened, Message, Poke, Progress, SetupMirror
+from asyncckpt.service.replicator import Replicator, make_replica
+from asyncckpt.service.writer import Forwarder, run_process, step_back
+from asyncckpt.threads import logger
+
+_POLL_SECS = 0.05
+
+
+def main(connection_fd: int, trainer_fd: int) -> None:
+    """Run until the trainer ends, or hangs up, and nothing more can be copied. `trainer_fd` is its pidfd."""
+    run_process(connection_fd, lambda connection: MirrorProcess(connection, trainer_fd).run())
+
+
+class MirrorProcess:
+    """Receives on the main thread; the replicator has a thread of its own, and tells us what to tell the trainer."""
+
+    def __init__(self, connection: Connection, trainer_fd: int) -> None:
+        self._connection = connection
+        self._trainer_fd = trainer_fd
+        self._replicator: Replicator | None = None
+        self._is_orphan = False
+        self._is_over = False  # the trainer needs us no more
+
+    @property
+    def is_orphan(self) -> bool:
+        return self._is_orphan
+
+    def send(self, message: Message) -> None:
+        """Tell the trainer, if it still listens."""
+        self._connection.send(messages.encode(message))
+
+    def run(self) -> None:
+        logger.addHandler(Forwarder(self))
+        logger.setLevel(logging.INFO)
+        while self._connection.wait(self._trainer_fd) or self._connection.has_more():
+            received = self._connection.receive()
+            if received is None:
+                break
+            self._take(messages.decode_to_mirror(received[0]))
+        self._is_orphan = True
+        self._connection.shut_down()
+        if self._replicator is not None:
+            while not self._is_over and not self._replicator.is_caught_up and self._replicator.problem is None:
+                time.sleep(_POLL_SECS)
+            self._replicator.stop()
+            self._replicator.join()
+
+    def _take(self, message: messages.ToMirror) -> None:
+        if isinstance(message, SetupMirror):
+            step_back(message.nice)
+            self._replicator = Replicator(make_replica(message), self, nice=0)
+        elif isinstance(message, Poke):
+            assert self._replicator is not None, "the trainer's first message is SetupMirror"
+            self._replicator.poke(message.number)
+        elif isinstance(message, Farewell):
+            self._is_over = True
+
+    # --- what the replicator tells ---
+
+    def emit(self, kind: EventKind, path: str, detail: str) -> None:
+        self.send(Happened(kind, os.fsencode(path), messages.plain_text(detail)))
+
+    def copied(self, sequence: int, info: CheckpointInfo) -> None:
+        self.send(Copied(sequence, info))
+        if self._is_orphan:
+            logger.info("%s is mirrored", info.filepath)
+
+    def given_up(self, sequence: int, error: Exception) -> None:
+        self.send(GivenUp(sequence, messages.describe_error(error)))
+        if self._is_orphan:
+            logger.error("%s", error)
+
+    def progress(self, mirrored: int, problem: Exception | None, caught_up_with: int) -> None:
+        plain = messages.describe_error(problem) if problem is not None else None
+        self.send(Progress(mirrored, plain, caught_up_with))

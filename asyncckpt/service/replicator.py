@@ -1,0 +1,167 @@
+"""The replicator: brings what a replica lacks, for as long as it takes. No torch.
+
+While the replica's place does not answer, what it lacks waits, and is brought there when it answers again, or by the
+next run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from typing import Protocol
+
+from asyncckpt.errors import CheckpointError, CorruptCheckpointError
+from asyncckpt.events import EventKind
+from asyncckpt.records import CheckpointInfo
+from asyncckpt.registry.directory import CheckpointDirectory
+from asyncckpt.registry.replication import Replica
+from asyncckpt.registry.retention import RetentionPolicy, from_plain
+from asyncckpt.service.messages import SetupMirror
+from asyncckpt.storage.places import Places
+from asyncckpt.threads import log_quietly, lower_priority
+
+_FIRST_PAUSE_SECS = 1.0
+_MAX_PAUSE_SECS = 60.0
+_POLL_SECS = 0.02
+
+
+class Listener(Protocol):
+    """Who is told what becomes of the mirror's checkpoints; called on the replicator's thread."""
+
+    def emit(self, kind: EventKind, path: str, detail: str) -> None: ...
+
+    def copied(self, sequence: int, info: CheckpointInfo) -> None:
+        """It is in the mirror, durable and listed."""
+
+    def given_up(self, sequence: int, error: Exception) -> None:
+        """It will never be there."""
+
+    def progress(self, mirrored: int, problem: Exception | None, caught_up_with: int) -> None:
+        """Everything up to `mirrored` is settled, and all that there was at that poke; what keeps the rest waiting."""
+
+
+class Replicator:
+    """One thread that copies when it is poked. Thread-safe."""
+
+    def __init__(self, replica: Replica, listener: Listener, *, nice: int) -> None:
+        self._replica = replica
+        self._listener = listener
+        self._nice = nice
+        self._pokes: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._newest_poke = 0
+        self._caught_up_with = 0
+        self._mirrored = 0
+        self._problem: Exception | None = None
+        self._is_stopped = False
+        self._damaged: set[int] = set()
+        self._thread = threading.Thread(target=self._run, name="asyncckpt-replicator", daemon=True)
+        self._thread.start()
+
+    def poke(self, number: int) -> None:
+        """There may be something to copy. Numbers grow."""
+        self._pokes.put(number)
+
+    def stop(self) -> None:
+        """End after the checkpoint that is being copied."""
+        self._is_stopped = True
+        self._pokes.put(0)
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the thread to end; False on time-out."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    @property
+    def is_caught_up(self) -> bool:
+        """Whether nothing is lacking, as of the last poke."""
+        return self._caught_up_with >= self._newest_poke and self._pokes.empty()
+
+    @property
+    def problem(self) -> Exception | None:
+        """What keeps it from copying at the moment."""
+        return self._problem
+
+    def _run(self) -> None:
+        lower_priority(self._nice)
+        pause = 0.0
+        while self._await_poke(pause):
+            try:
+                self._catch_up()
+                pause, self._problem, self._caught_up_with = 0.0, None, self._newest_poke
+            except (OSError, CheckpointError) as error:
+                pause = min(max(2 * pause, _FIRST_PAUSE_SECS), _MAX_PAUSE_SECS)
+                self._note_problem(error)
+            self._tell_progress()
+        try:
+            self._replica.close()
+        except OSError as error:
+            log_quietly(logging.WARNING, f"the mirror could not be given back: {error}")
+
+    def _await_poke(self, pause: float) -> bool:
+        """After a failure only the pause is waited for. False when it is to end."""
+        deadline = time.monotonic() + pause
+        while not self._is_stopped and (rest := deadline - time.monotonic()) > 0:
+            time.sleep(min(rest, _POLL_SECS))
+        if pause == 0.0:
+            self._newest_poke = max(self._newest_poke, self._pokes.get())
+        while not self._pokes.empty():
+            self._newest_poke = max(self._newest_poke, self._pokes.get())
+        return not self._is_stopped
+
+    def _catch_up(self) -> None:
+        lacking = [info for info in self._replica.lacking() if info.sequence not in self._damaged]
+        self._note_mirrored(lacking)
+        for number, info in enumerate(lacking):
+            if self._is_stopped:
+                return
+            self._copy(info)
+            self._note_mirrored(lacking[number + 1 :])
+            self._tell_progress()
+
+    def _copy(self, info: CheckpointInfo) -> None:
+        assert info.sequence is not None
+        try:
+            copied = self._replica.copy(info)
+        except CorruptCheckpointError as error:
+            self._damaged.add(info.sequence)
+            self._listener.given_up(info.sequence, error)
+            return
+        if copied is None:
+            gone = CheckpointError(f"{info.filepath} was deleted before it was mirrored")
+            self._listener.given_up(info.sequence, gone)
+            return
+        self._listener.copied(info.sequence, copied)
+        self._listener.emit("mirrored", str(copied.filepath), "")
+
+    def _note_mirrored(self, lacking: list[CheckpointInfo]) -> None:
+        rest = [info.sequence for info in lacking if info.sequence is not None]
+        self._mirrored = min(rest) - 1 if rest else self._replica.last_sequence
+
+    def _note_problem(self, error: Exception) -> None:
+        if str(error) != str(self._problem):
+            log_quietly(logging.WARNING, f"the mirror does not take anything at the moment: {error}; tried again")
+            self._listener.emit("mirror_failed", "", str(error))
+        self._problem = error
+
+    def _tell_progress(self) -> None:
+        self._listener.progress(self._mirrored, self._problem, self._caught_up_with)
+
+
+def make_replica(setup: SetupMirror, retention: RetentionPolicy | None = None) -> Replica:
+    """What a mirror's setup describes, `retention` being what it could not say. Asks no storage yet."""
+    if retention is None and setup.retention is not None:
+        retention = from_plain(setup.retention)
+    storage = Places(setup.storage_options, setup.journals)
+    source = CheckpointDirectory(os.fsdecode(setup.source), storage)
+    target = CheckpointDirectory(
+        os.fsdecode(setup.target),
+        storage,
+        retention=retention,
+        metric=setup.metric,
+        mode=setup.mode,
+        lock_timeout_secs=setup.lock_timeout_secs,
+    )
+    return Replica(source, storage, target)
