@@ -33,7 +33,6 @@ _MAX_COPY_BYTES = 5 << 30  # by one request
 _COPY_PART_BYTES = 1 << 30
 _READ_BYTES = 8 << 20
 _NUM_THREADS = 8
-_MAX_KEYS = 1000
 
 
 class S3Storage(Storage):

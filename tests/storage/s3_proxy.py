@@ -22,7 +22,7 @@ from storage.s3_server import S3Server
 
 # cut: half of the body arrives, then the connection is gone. refuse: 503. lose: it is done, but the answer is lost.
 # stall: nothing arrives, and no answer comes. hang: it is done, and no answer comes. delay: late, but well.
-# corrupt: a bit of the body has changed on the way.
+# corrupt: a bit of the request's body has changed on the way.
 Harm = Literal["cut", "refuse", "lose", "stall", "hang", "delay", "corrupt"]
 HARMS: tuple[Harm, ...] = get_args(Harm)
 ANY = "any"  # kind of request
@@ -132,6 +132,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: _Server
 
     def log_message(self, format: str, *args: object) -> None:
@@ -154,16 +155,15 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if harm == "delay":
             released.wait(_DELAY_SECS)
-        if harm == "corrupt" and body and self.command == "PUT":
-            body = _with_a_bit_flipped(body)
+        if harm == "corrupt" and body:
+            middle = len(body) // 2
+            body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
         status, headers, answer = self._ask(body)
         if harm == "hang":
             released.wait()
         if harm in ("lose", "hang"):
             self._hang_up()
             return
-        if harm == "corrupt" and self.command == "GET":
-            answer = _with_a_bit_flipped(answer)
         self._answer(status, headers, answer)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass_on
@@ -206,13 +206,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         with suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
-
-
-def _with_a_bit_flipped(body: bytes) -> bytes:
-    if not body:
-        return body
-    middle = len(body) // 2
-    return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
 
 
 @contextmanager
