@@ -14,7 +14,8 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from isal.isal_zlib import crc32, crc32_combine
@@ -109,24 +110,30 @@ class S3Storage(Storage):
         with contextlib.suppress(OSError):
             for name in self.list_names(directory):
                 if is_temporary_name(name) and name not in _alive:
-                    path = f"{directory}/{name}"
+                    note = f"{directory}/{name}"
                     with contextlib.suppress(OSError):
-                        self._sweep(path)
-                        swept.append(path)
+                        swept += [note] * self._sweep(note)
         return swept
 
-    def _sweep(self, path: str) -> None:
-        bucket, key = split(self.read(path, _MAX_NOTE_BYTES).decode())
+    def _sweep(self, note: str) -> bool:
+        """Abort what the note tells of, and delete it; whether it was a note at all."""
+        path = self.read(note, _MAX_NOTE_BYTES).decode("utf-8", "replace")
+        if os.path.dirname(path) != os.path.dirname(note):
+            return False
+        bucket, key = split(path)
         for page in self.requests.pages("list_multipart_uploads", bucket, Prefix=key):
             for upload in page.get("Uploads", ()):
                 if upload["Key"] == key:
                     with contextlib.suppress(UploadGoneError):
                         self.requests.send("abort_multipart_upload", bucket, Key=key, UploadId=upload["UploadId"])
-        self.delete([path])
+        self.delete([note])
+        return True
 
 
 _MAX_NOTE_BYTES = 4096
 _alive: set[str] = set()  # temporary names of this process
+# By path, the tokens of this process's attempts at a conditional write that may have arrived, or may still do so.
+_in_doubt: dict[str, set[str]] = {}
 
 
 def split(path: str) -> tuple[str, str]:
@@ -153,24 +160,38 @@ class _S3Upload(Upload):
         self._bucket, self._key = split(path)
         self._num_bytes = num_bytes
         self._token = secrets.token_hex(8)
-        self._conditions = _conditions(expected)
+        self._expected = expected
         self._metadata = {_TOKEN: self._token}
 
     def _send(self, operation: str, **arguments: Any) -> Answer:
         return self._requests.send(operation, self._bucket, Key=self._key, **arguments)
 
-    def _check_commit(self, error: OSError) -> None:
+    def _make_visible(self, send: Callable[..., Answer]) -> None:
+        """By `send`, which takes the conditions of the request."""
+        try:
+            self.version = send(**_conditions(self._expected))["ETag"]
+        except OSError as error:
+            self.version = self._version_all_the_same(error, send)
+        _in_doubt.pop(self._path, None)
+
+    def _version_all_the_same(self, error: OSError, send: Callable[..., Answer]) -> str:
         """The answer was lost, or says what an earlier try of ours has brought about: is it our object that is there?
 
         Raises the error if it is not.
         """
         try:
             found = self._send("head_object")
-        except FileNotFoundError:
-            raise error from None
-        if found.get("Metadata", {}).get(_TOKEN) != self._token:
-            raise error
-        self.version = found["ETag"]
+        except OSError:
+            found = {}
+        token = found.get("Metadata", {}).get(_TOKEN)
+        if token == self._token:
+            return str(found["ETag"])
+        if isinstance(error, ConflictError):
+            if token in _in_doubt.get(self._path, ()):  # given up, and it has arrived: so that is what we replace
+                return str(send(IfMatch=found["ETag"])["ETag"])
+        elif self._expected is not None:
+            _in_doubt.setdefault(self._path, set()).add(self._token)
+        raise error from None
 
     def reader(self) -> None:
         return None
@@ -191,58 +212,42 @@ class _SmallUpload(_S3Upload):
 
     def commit(self) -> None:
         contents = memoryview(self._contents)
-        try:
-            answer = self._send(
+        self._make_visible(
+            partial(
+                self._send,
                 "put_object",
                 num_bytes=len(contents),
                 Body=contents,
                 Metadata=self._metadata,
                 ChecksumCRC32=checksum_text(crc32(contents)),
-                **self._conditions,
             )
-            self.version = answer["ETag"]
-        except OSError as error:
-            self._check_commit(error)
+        )
 
     def abort(self) -> None:
         self._contents = bytearray()
 
 
 class _PartsUpload(_S3Upload):
-    """A multipart upload, with the object beside it that tells of it."""
+    """A multipart upload, whose parts are the pieces."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        directory, name = os.path.split(self._path)
-        self._note = temporary_name(self._token, name)
-        self._note_key = split(f"{directory}/{self._note}")[1]
         self._parts: dict[int, tuple[str, int, int]] = {}
-        self._upload_id = ""
-        self._is_over = False
-        _alive.add(self._note)
-        try:
-            self._requests.send("put_object", self._bucket, Key=self._note_key, Body=memoryview(self._path.encode()))
-            self._upload_id = self._send(
-                "create_multipart_upload",
-                Metadata=self._metadata,
-                ChecksumAlgorithm="CRC32",
-                ChecksumType="FULL_OBJECT",
-            )["UploadId"]
-        except BaseException:
-            self.abort()
-            raise
+        self._multipart = _Multipart(
+            self._requests,
+            self._path,
+            self._token,
+            Metadata=self._metadata,
+            ChecksumAlgorithm="CRC32",
+            ChecksumType="FULL_OBJECT",
+        )
 
     def write(self, offset: int, view: memoryview) -> None:
         number, rest = divmod(offset, self.piece_bytes)
         assert rest == 0, "pieces are parts"
         crc = crc32(view)
-        answer = self._send(
-            "upload_part",
-            num_bytes=len(view),
-            UploadId=self._upload_id,
-            PartNumber=number + 1,
-            Body=view,
-            ChecksumCRC32=checksum_text(crc),
+        answer = self._multipart.send(
+            "upload_part", num_bytes=len(view), PartNumber=number + 1, Body=view, ChecksumCRC32=checksum_text(crc)
         )
         self._parts[number] = (answer["ETag"], crc, len(view))
 
@@ -259,42 +264,73 @@ class _PartsUpload(_S3Upload):
             {"PartNumber": number + 1, "ETag": etag, "ChecksumCRC32": checksum_text(crc)}
             for number, (etag, crc, _) in enumerate(self._in_order())
         ]
-        try:
-            answer = self._send(
-                "complete_multipart_upload",
-                UploadId=self._upload_id,
-                MultipartUpload={"Parts": parts},
-                ChecksumCRC32=checksum_text(whole),
-                ChecksumType="FULL_OBJECT",
-                **self._conditions,
-            )
-            self.version = answer["ETag"]
-        except OSError as error:
-            self._check_commit(error)
-        self._is_over = True
+        self._make_visible(
+            partial(self._multipart.complete, parts, ChecksumCRC32=checksum_text(whole), ChecksumType="FULL_OBJECT")
+        )
+        self._multipart.is_over = True
 
     def _in_order(self) -> Iterator[tuple[str, int, int]]:
         return (self._parts[number] for number in sorted(self._parts))
 
     def close(self) -> None:
-        self._forget()
+        self._multipart.forget()
 
     def abort(self) -> None:
-        if self._upload_id and not self._is_over:
+        self._multipart.abort()
+
+
+class _Multipart:
+    """A multipart upload of the store's, with the object beside it, its note, that tells of it until `forget`.
+
+    Where the store may have begun one of which we know nothing, or ours can't be aborted, the note stays, for a sweep.
+    """
+
+    def __init__(self, requests: S3Requests, path: str, token: str, **arguments: Any) -> None:
+        self.is_over = False
+        self._requests = requests
+        self._bucket, self._key = split(path)
+        directory, name = os.path.split(path)
+        self._note = temporary_name(token, name)
+        self._note_key = split(f"{directory}/{self._note}")[1]
+        self._id = ""
+        self._leaves_nothing = True
+        _alive.add(self._note)
+        try:
+            requests.send("put_object", self._bucket, Key=self._note_key, Body=memoryview(path.encode()))
+            answer = requests.send(
+                "create_multipart_upload", self._bucket, Key=self._key, note_failure=self._leave, **arguments
+            )
+            self._id = answer["UploadId"]
+        except BaseException:
+            self.abort()
+            raise
+
+    def _leave(self) -> None:
+        self._leaves_nothing = False
+
+    def send(self, operation: str, **arguments: Any) -> Answer:
+        """What is done to the upload."""
+        return self._requests.send(operation, self._bucket, Key=self._key, UploadId=self._id, **arguments)
+
+    def complete(self, parts: Sequence[Mapping[str, Any]], **arguments: Any) -> Answer:
+        return self.send("complete_multipart_upload", MultipartUpload={"Parts": parts}, **arguments)
+
+    def abort(self) -> None:
+        if self._id and not self.is_over:
             try:
-                self._send("abort_multipart_upload", UploadId=self._upload_id)
+                self.send("abort_multipart_upload")
             except UploadGoneError:
                 pass
             except OSError:
-                _alive.discard(self._note)
-                return  # the note stays, for a sweep
-        self._is_over = True
-        self._forget()
+                self._leave()
+        self.is_over = True
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         if self._note in _alive:
-            with contextlib.suppress(OSError):
-                self._requests.send("delete_object", self._bucket, Key=self._note_key)
+            if self._leaves_nothing:
+                with contextlib.suppress(OSError):
+                    self._requests.send("delete_object", self._bucket, Key=self._note_key)
             _alive.discard(self._note)
 
 
@@ -356,30 +392,24 @@ def copy(requests: S3Requests, source: S3Reader, destination: str) -> None:
             CopySourceIfMatch=source.version,
         )
         return
-    upload_id = requests.send("create_multipart_upload", bucket, Key=key)["UploadId"]
+    upload = _Multipart(requests, destination, secrets.token_hex(8))
     try:
         parts = []
         for number, start in enumerate(range(0, source.num_bytes, _COPY_PART_BYTES), 1):
             stop = min(start + _COPY_PART_BYTES, source.num_bytes)
-            answer = requests.send(
+            answer = upload.send(
                 "upload_part_copy",
-                bucket,
                 num_bytes=stop - start,
-                Key=key,
-                UploadId=upload_id,
                 PartNumber=number,
                 CopySource=origin,
                 CopySourceRange=f"bytes={start}-{stop - 1}",
                 CopySourceIfMatch=source.version,
             )
             parts.append({"PartNumber": number, "ETag": answer["CopyPartResult"]["ETag"]})
-        requests.send(
-            "complete_multipart_upload", bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": parts}
-        )
-    except BaseException:
-        with contextlib.suppress(OSError):
-            requests.send("abort_multipart_upload", bucket, Key=key, UploadId=upload_id)
-        raise
+        upload.complete(parts)
+        upload.is_over = True
+    finally:
+        upload.abort()
 
 
 def _conditions(expected: str | None) -> dict[str, str]:
