@@ -16,15 +16,19 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from asyncckpt.errors import CheckpointError, MissingExtraError
 from asyncckpt.storage.base import ConflictError
 
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
+
 Answer = dict[str, Any]
 
 _MAX_TRIES = 6
+_MAX_TRIES_TO_CONNECT = 3
 _MAX_TRYING_SECS = 45.0  # no further try begins after that
 _FIRST_PAUSE_SECS = 0.2
 _MAX_PAUSE_SECS = 5.0
@@ -85,10 +89,10 @@ class S3Requests:
 
         Raises FileNotFoundError, PermissionError, `ConflictError`, `UploadGoneError`, or OSError, naming the URL.
         """
-        from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_random_exponential
+        from tenacity import Retrying, retry_if_exception, wait_random_exponential
 
         retrying = Retrying(
-            stop=stop_after_attempt(_MAX_TRIES) | stop_after_delay(_MAX_TRYING_SECS),
+            stop=_is_enough,
             wait=wait_random_exponential(_FIRST_PAUSE_SECS, max=_MAX_PAUSE_SECS),
             retry=retry_if_exception(_may_pass),
             after=lambda state: note_failure(),
@@ -99,7 +103,7 @@ class S3Requests:
         except OSError as error:
             error.filename = f"s3://{bucket}/{arguments.get('Key', arguments.get('Prefix', ''))}"
             if isinstance(error, FileNotFoundError):
-                self._check_bucket(bucket)
+                self._check_bucket(bucket, error.filename)
             raise
         self._known_buckets.add(bucket)
         return answer
@@ -117,7 +121,7 @@ class S3Requests:
                 raise OSError(errno.EPROTO, f"{operation}: the store does not say where the next page begins")
             arguments |= following
 
-    def _check_bucket(self, bucket: str) -> None:
+    def _check_bucket(self, bucket: str, url: str) -> None:
         """What is not there may be the bucket, of which the answer to a HEAD says nothing."""
         if bucket in self._known_buckets:
             return
@@ -125,7 +129,9 @@ class S3Requests:
             try:
                 self._send_once("head_bucket", bucket, 0, {})
             except FileNotFoundError:
-                raise _no_bucket(bucket) from None
+                error = _no_bucket(bucket)
+                error.filename = url
+                raise error from None
 
     def _send_once(self, operation: str, bucket: str, num_bytes: int, arguments: Mapping[str, Any]) -> Answer:
         file_system = self._connected()
@@ -266,6 +272,14 @@ def _may_pass(error: BaseException) -> bool:
     if isinstance(error, (ConflictError, UploadGoneError)) or not isinstance(error, OSError):
         return False
     return error.errno in (errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET, errno.EPIPE, errno.ECONNREFUSED)
+
+
+def _is_enough(state: RetryCallState) -> bool:
+    """Whether to give up, after a failure that may pass."""
+    error = state.outcome.exception() if state.outcome is not None else None
+    is_refused = isinstance(error, OSError) and error.errno == errno.ECONNREFUSED
+    max_tries = _MAX_TRIES_TO_CONNECT if is_refused else _MAX_TRIES
+    return state.attempt_number >= max_tries or (state.seconds_since_start or 0.0) >= _MAX_TRYING_SECS
 
 
 def _check_packages() -> None:

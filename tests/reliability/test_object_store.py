@@ -27,7 +27,7 @@ from reliability.gates import SEED, count, report
 
 __all__ = ["server"]
 
-NUM_PLANS = int(__import__('os').environ.get('NP', count(25, full=400)))
+NUM_PLANS = int(__import__("os").environ.get("NP", count(25, full=400)))
 BUCKET = "gate7"
 PART_BYTES = 5 << 20  # the least that S3 takes
 NUMEL = 1_400_000  # of four bytes: two parts
