@@ -1,15 +1,20 @@
-"""The network and the store fail, at every request that a save makes: nothing is visible that is not whole, nothing
-acknowledged is missing, the next opening leaves no trace of what was given up, and nothing of other people is touched.
+"""The network and the store fail, at every request that a save makes, or the saver dies in it: nothing is visible that
+is not whole, nothing acknowledged is missing, the next opening leaves no trace of what was given up, and nothing of
+other people is touched.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import pytest
 import s3fs
@@ -27,7 +32,8 @@ from reliability.gates import SEED, count, report
 
 __all__ = ["server"]
 
-NUM_PLANS = int(__import__("os").environ.get("NP", count(25, full=400)))
+NUM_PLANS = count(25, full=400)
+NUM_KILLS = count(3, full=40)
 BUCKET = "gate7"
 PART_BYTES = 5 << 20  # the least that S3 takes
 NUMEL = 1_400_000  # of four bytes: two parts
@@ -50,8 +56,7 @@ def storage_at(endpoint: str) -> S3Storage:
     return S3Storage(S3Server(endpoint).options, least_part_bytes=PART_BYTES, beat_secs=0.2, lease_secs=1.0)
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small parts, short leases, deadlines and pauses."""
     monkeypatch.setitem(places._MAKERS, "s3", lambda options: storage_at(options["endpoint_url"]))
     monkeypatch.setattr(s3_requests, "_LEAST_SECS", 1.0)
@@ -60,6 +65,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3_requests, "_FIRST_PAUSE_SECS", 0.01)
     monkeypatch.setattr(s3_requests, "_MAX_PAUSE_SECS", 0.05)
     monkeypatch.setattr(worker, "_FIRST_PAUSE_SECS", 0)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_quick(monkeypatch)
 
 
 class Store:
@@ -148,9 +158,9 @@ class Training:
         return failure
 
 
-def manager_of(place: Place, server: S3Server) -> CheckpointManager:
+def manager_of(url: str, server: S3Server) -> CheckpointManager:
     return CheckpointManager(
-        place.url,
+        url,
         1,
         writer="thread",
         storage_options=server.options,
@@ -163,7 +173,7 @@ def manager_of(place: Place, server: S3Server) -> CheckpointManager:
 def save_by_manager(place: Place, server: S3Server) -> dict[int, BaseException | None]:
     """What became of each step's save."""
     training = Training()
-    with manager_of(place, server) as manager:
+    with manager_of(place.url, server) as manager:
         return {step: training.save(manager, step, loss) for step, loss in enumerate(LOSSES, 1)}
 
 
@@ -176,7 +186,7 @@ def check_by_manager(place: Place, outcome: dict[int, BaseException | None], whe
     place.check_visible(where)
     steps, options = acknowledged(outcome), place.store.server.options
     training = Training()
-    with manager_of(place, place.store.server) as manager:
+    with manager_of(place.url, place.store.server) as manager:
         manager.load_latest(training.model)
         assert training.number >= max(steps, default=0), f"{where}: {steps} were acknowledged"
         assert training.save(manager, len(LOSSES) + 1, None) is None, where
@@ -217,7 +227,7 @@ def check_by_saver(place: Place, outcome: dict[int, BaseException | None], where
             found = asyncckpt.load(f"{place.url}/{name}", storage_options=options)["number"].unique().tolist()
             assert len(found) == 1, where
             assert newest <= found[0] <= max(numbers), f"{where}: {name} holds {found}, not {newest}"
-    with manager_of(place, place.store.server) as manager:
+    with manager_of(place.url, place.store.server) as manager:
         assert Training().save(manager, 1, None) is None, where
     place.check_clean(where)
 
@@ -285,3 +295,40 @@ def test_every_fault_is_survived(store: Store, proxy: S3Proxy) -> None:
         f"{NUM_PLANS} fault plans of {len(plans)}, {figures['struck']} struck, {figures['saves']} saves of which "
         f"{figures['failed']} failed: nothing torn, lost or left",
     )
+
+
+@pytest.mark.timeout(3600)
+def test_a_trainer_killed_at_any_request(store: Store, proxy: S3Proxy) -> None:
+    """The request has arrived, or has not: who comes next waits for the dead one's lease, and cleans up."""
+    place = Place(store, "clean-kill")
+    proxy.arm(None)
+    save_by_manager(place, proxy.server)
+    moments = list(Counter(proxy.seen).elements())
+    choose = random.Random(SEED).choice
+    num_acks = 0
+    for number in range(NUM_KILLS):
+        kind = choose(moments)
+        fault = Fault(choose(("stall", "hang")), kind, choose(range(moments.count(kind))) + 1, times=1000)
+        where = f"killed at: {fault} (seed {SEED})"
+        place = Place(store, f"kill{number}")
+        proxy.arm(fault)
+        steps = kill_when_hit(proxy, place)
+        num_acks += len(steps)
+        proxy.arm(None)
+        check_by_manager(place, dict.fromkeys(steps), where)
+    report("7 object store, SIGKILL", f"{NUM_KILLS} kills, {num_acks} saves acknowledged: nothing torn, lost or left")
+
+
+def kill_when_hit(proxy: S3Proxy, place: Place) -> list[int]:
+    """The steps that a trainer had acknowledged when it was killed in the middle of a request."""
+    command = [sys.executable, "-m", "reliability.object_store_trainer", proxy.server.endpoint, place.url]
+    tests = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as trainer:
+        while not proxy.hit.wait(0.1) and trainer.poll() is None:
+            pass
+        trainer.kill()
+        assert trainer.stdout is not None
+        acks = [int(line.removeprefix("ack ")) for line in trainer.stdout if line.startswith("ack ")]
+    assert proxy.hit.is_set() or len(acks) == len(LOSSES)
+    return acks
