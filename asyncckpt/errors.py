@@ -24,6 +24,8 @@ import errno
 import pickle
 from collections.abc import Sequence
 
+from asyncckpt.paths import scheme_of
+
 
 class CheckpointError(Exception):
     """The base of all errors raised by asyncckpt."""
@@ -113,7 +115,14 @@ _REMEDIES = {
 }
 
 
-def remedy(error_number: int | None) -> str:
+# Of a store, whose other errors say themselves what to do.
+_REMOTE_REMEDIES = {
+    **dict.fromkeys((errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED), "the next save tries again"),
+    errno.EEXIST: "a directory has one writer at a time",
+}
+
+
+def remedy(error_number: int | None, path: str) -> str:
     """What to do about an error of the system, as the end of a message; "" for one that speaks for itself."""
-    text = _REMEDIES.get(error_number or 0)
+    text = (_REMOTE_REMEDIES if scheme_of(path) else _REMEDIES).get(error_number or 0)
     return f"; {text}" if text else ""

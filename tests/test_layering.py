@@ -68,9 +68,10 @@ LAYERS = [
     "image.layout image.arena",
     "policies registry.retention overhead",
     "init",
-    "naming events threads interval paths",
+    "naming events threads interval",
     "records",
     "errors version",
+    "paths",
 ]
 TORCH_FREE = {
     *("errors", "events", "init", "naming", "records", "threads", "version", "policies", "interval", "overhead"),

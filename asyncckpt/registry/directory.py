@@ -173,9 +173,11 @@ class CheckpointDirectory:
 
     def has_file(self, name: str) -> bool:
         """Whether there is such a file now."""
-        with contextlib.suppress(OSError), self._storage.open(self.path_of(name)):
-            return True
-        return False
+        try:
+            with self._storage.open(self.path_of(name)):
+                return True
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return False
 
     def open_to_load(self, path: str, *, follow_links: bool = True) -> LocalReader:
         """A checkpoint's file, that can be mapped."""
@@ -211,7 +213,7 @@ class CheckpointDirectory:
                 return
             self._is_opening = True
             try:
-                with self._writing, _explained(f"{self.path} can't be opened for writing"):
+                with self._writing, _explained(self.path, "can't be opened for writing"):
                     if self._run_id is not None:
                         self._check_place(self._run_id)
                     self.close()
@@ -272,7 +274,7 @@ class CheckpointDirectory:
 
         Blocks, and raises, as `open_for_writing` does.
         """
-        with self._writing, _explained(f"{self.path} can't be recovered"):
+        with self._writing, _explained(self.path, "can't be recovered"):
             self._check_place(self._own_registry().run_id)
             self._recover()
 
@@ -520,7 +522,7 @@ class CheckpointDirectory:
         if dry_run:
             return self._pruned(self.registry, retention)[1]
         self.open_for_writing()
-        with self._writing, _explained(f"{self.path} was not pruned"):
+        with self._writing, _explained(self.path, "was not pruned"):
             self.generation = next(_generations)
             pruned, dropped = self._pruned(self._own_registry().with_damaged(self._damaged), retention)
             try:
@@ -673,14 +675,16 @@ class _Heard(Reader):
 
 
 @contextlib.contextmanager
-def _explained(what_failed: str) -> Iterator[None]:
+def _explained(path: str, what_failed: str) -> Iterator[None]:
     try:
         yield
     except CheckpointError:
         raise
     except OSError as error:
         reason = error.strerror or str(error)
-        raise CheckpointWriteError(f"{what_failed}: {reason}{remedy(error.errno)}", errno=error.errno) from error
+        raise CheckpointWriteError(
+            f"{path} {what_failed}: {reason}{remedy(error.errno, path)}", errno=error.errno
+        ) from error
 
 
 def _lists_the_same(a: Registry, b: Registry) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from asyncckpt.errors import CheckpointError, CheckpointWriteError, CorruptCheckpointError
+from asyncckpt.errors import CheckpointError, CheckpointWriteError, CorruptCheckpointError, MissingExtraError
 from asyncckpt.events import EventKind
 from asyncckpt.paths import as_path
 from asyncckpt.records import CheckpointInfo
@@ -283,7 +283,7 @@ class WriterProcessError(Exception):
 
 
 _OWN_KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (CheckpointError, CheckpointWriteError, CorruptCheckpointError)
+    kind.__name__: kind for kind in (CheckpointError, CheckpointWriteError, CorruptCheckpointError, MissingExtraError)
 }
 
 

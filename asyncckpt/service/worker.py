@@ -156,7 +156,7 @@ def _read_back(path: str, upload: Upload) -> None:
 def _describe(job: Job, error: OSError) -> CheckpointWriteError:
     what_failed = "is whole, but could not be listed in the registry" if job.is_committed else "was not saved"
     reason = error.strerror or str(error)
-    return CheckpointWriteError(f"{job.path} {what_failed}: {reason}{remedy(error.errno)}", errno=error.errno)
+    return CheckpointWriteError(f"{job.path} {what_failed}: {reason}{remedy(error.errno, job.path)}", errno=error.errno)
 
 
 def forget_frames(error: BaseException) -> None:

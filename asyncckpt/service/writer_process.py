@@ -21,6 +21,7 @@ from asyncckpt.service.connection import Connection
 WRITER_MODULE, MIRROR_MODULE = "asyncckpt.service.writer", "asyncckpt.service.mirror_process"
 _NAME = "/proc/self/comm"
 _IMPORTS = ("asyncckpt", "msgspec", "isal")
+_IMPORTS_IF_THERE = ("s3fs", "tenacity")  # an extra's
 _MAX_LOG_BYTES = 2000
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -51,8 +52,10 @@ def command(connection_fd: int, trainer_fd: int, module: str) -> list[str]:
 def import_path() -> list[str]:
     """Where the few packages lie that a writer process needs."""
     path: list[str] = []
-    for name in _IMPORTS:
+    for name in (*_IMPORTS, *_IMPORTS_IF_THERE):
         spec = importlib.util.find_spec(name)
+        if spec is None and name in _IMPORTS_IF_THERE:
+            continue
         assert spec is not None
         assert spec.origin is not None
         home = os.path.dirname(os.path.dirname(os.path.abspath(spec.origin)))

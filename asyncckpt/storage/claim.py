@@ -11,8 +11,10 @@ successor has changed first thing.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import functools
 import logging
 import os
 import secrets
@@ -28,6 +30,7 @@ from asyncckpt.threads import log_quietly
 
 BEAT_SECS = 5.0
 LEASE_SECS = 20.0
+_MAX_ENDING_SECS = 1.0
 _NUM_LOOKS = 10  # within a beat
 _MAX_CLAIM_BYTES = 4096
 
@@ -52,6 +55,7 @@ class Claim(Lock):
         self._beats = _Beats(storage, directory, record.token, beat_secs)
         self._finalizer = weakref.finalize(self, self._beats.stop)
         self._finalizer.atexit = False
+        _end_beats_at_exit()
 
     @classmethod
     def received(
@@ -99,6 +103,7 @@ class _Beats:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="asyncckpt-claim", daemon=True)
         self._thread.start()
+        _beating.add(self)
 
     @property
     def are_ours(self) -> bool:
@@ -111,17 +116,40 @@ class _Beats:
         self._stopped.set()
         return not self._is_lost
 
+    def end_at_exit(self) -> None:
+        """The client's connections close next: a request that is still under way would complain on stderr."""
+        if self.stop():
+            self._thread.join(_MAX_ENDING_SECS)
+
     def _run(self) -> None:
         number = 0
         while not self._stopped.is_set() and not self._is_lost:
             number += 1
-            with contextlib.suppress(OSError):  # as long as the store does not answer nobody else can claim either
-                self._storage.replace(f"{self._directory}/{ALIVE_NAME}", f"{self._token} {number}".encode())
-                _, found = _read(self._storage, f"{self._directory}/{CLAIM_NAME}")
-                if found is None or found.token != self._token:
-                    self._is_lost = True
-                    log_quietly(logging.ERROR, f"{self._directory}: another writer has taken it over")
+            # As long as the store does not answer nobody else can claim either; and at exit much is gone by now.
+            with contextlib.suppress(Exception):
+                self._beat(number)
             self._stopped.wait(self._beat_secs)
+
+    def _beat(self, number: int) -> None:
+        self._storage.replace(f"{self._directory}/{ALIVE_NAME}", f"{self._token} {number}".encode())
+        _, found = _read(self._storage, f"{self._directory}/{CLAIM_NAME}")
+        if found is None or found.token != self._token:
+            self._is_lost = True
+            log_quietly(logging.ERROR, f"{self._directory}: another writer has taken it over")
+
+
+_beating: weakref.WeakSet[_Beats] = weakref.WeakSet()
+
+
+@functools.cache
+def _end_beats_at_exit() -> None:
+    """Registered after the first finalizer, so that it runs before theirs, which close connections."""
+
+    def end() -> None:
+        for beats in list(_beating):
+            beats.end_at_exit()
+
+    atexit.register(end)
 
 
 def take_claim(

@@ -32,7 +32,7 @@ def full_path(path: str | os.PathLike[str], what: str = "a checkpoint's path") -
             f"{scheme}:// is not a kind of storage that is supported; these are: local paths, {known}"
         )
     rest = name[len(scheme) + len("://") :]
-    if "@" in rest.split("/", 1)[0]:
+    if "@" in rest.split("/", 1)[0] or ":" in rest.split("/", 1)[0]:  # a secret may hold a slash before the @
         raise CheckpointError(f"{scheme}://…: credentials don't belong into a URL; pass them in storage_options")
     if any(part in (".", "..") for part in rest.split("/")):
         raise CheckpointError(f"{name}: a URL's parts may not be '.' or '..'")

@@ -16,7 +16,8 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from isal.isal_zlib import crc32, crc32_combine
@@ -37,7 +38,6 @@ _COPY_PART_BYTES = 1 << 30
 _READ_BYTES = 8 << 20
 _NUM_THREADS = 8
 _MD5 = re.compile("[0-9a-f]{32}")
-_MAX_KEYS = 1000
 
 
 class S3Storage(Storage):
@@ -117,24 +117,30 @@ class S3Storage(Storage):
         with contextlib.suppress(OSError):
             for name in self.list_names(directory):
                 if is_temporary_name(name) and name not in may_go_on:
-                    path = f"{directory}/{name}"
+                    note = f"{directory}/{name}"
                     with contextlib.suppress(OSError):
-                        self._sweep(path)
-                        swept.append(path)
+                        swept += [note] * self._sweep(note)
         return swept
 
-    def _sweep(self, path: str) -> None:
-        bucket, key = split(self.read(path, _MAX_NOTE_BYTES).decode())
+    def _sweep(self, note: str) -> bool:
+        """Abort what the note tells of, and delete it; whether it was a note at all."""
+        path = self.read(note, _MAX_NOTE_BYTES).decode("utf-8", "replace")
+        if os.path.dirname(path) != os.path.dirname(note):
+            return False
+        bucket, key = split(path)
         for page in self.requests.pages("list_multipart_uploads", bucket, Prefix=key):
             for upload in page.get("Uploads", ()):
                 if upload["Key"] == key:
                     with contextlib.suppress(UploadGoneError):
                         self.requests.send("abort_multipart_upload", bucket, Key=key, UploadId=upload["UploadId"])
-        self.delete([path])
+        self.delete([note])
+        return True
 
 
 _MAX_NOTE_BYTES = 4096
 _alive: set[str] = set()  # temporary names of this process
+# By path, the tokens of this process's attempts at a conditional write that may have arrived, or may still do so.
+_in_doubt: dict[str, set[str]] = {}
 
 
 def split(path: str) -> tuple[str, str]:
@@ -161,24 +167,38 @@ class _S3Upload(Upload):
         self._bucket, self._key = split(path)
         self._num_bytes = num_bytes
         self._token = secrets.token_hex(8)
-        self._conditions = _conditions(expected)
+        self._expected = expected
         self._metadata = {_TOKEN: self._token}
 
     def _send(self, operation: str, **arguments: Any) -> Answer:
         return self._requests.send(operation, self._bucket, Key=self._key, **arguments)
 
-    def _check_commit(self, error: OSError) -> None:
+    def _make_visible(self, send: Callable[..., Answer]) -> None:
+        """By `send`, which takes the conditions of the request."""
+        try:
+            self.version = send(**_conditions(self._expected))["ETag"]
+        except OSError as error:
+            self.version = self._version_all_the_same(error, send)
+        _in_doubt.pop(self._path, None)
+
+    def _version_all_the_same(self, error: OSError, send: Callable[..., Answer]) -> str:
         """The answer was lost, or says what an earlier try of ours has brought about: is it our object that is there?
 
         Raises the error if it is not.
         """
         try:
             found = self._send("head_object")
-        except FileNotFoundError:
-            raise error from None
-        if found.get("Metadata", {}).get(_TOKEN) != self._token:
-            raise error
-        self.version = found["ETag"]
+        except OSError:
+            found = {}
+        token = found.get("Metadata", {}).get(_TOKEN)
+        if token == self._token:
+            return str(found["ETag"])
+        if isinstance(error, ConflictError):
+            if token in _in_doubt.get(self._path, ()):  # given up, and it has arrived: so that is what we replace
+                return str(send(IfMatch=found["ETag"])["ETag"])
+        elif self._expected is not None:
+            _in_doubt.setdefault(self._path, set()).add(self._token)
+        raise error from None
 
     def reader(self) -> None:
         return None
@@ -199,25 +219,23 @@ class _SmallUpload(_S3Upload):
 
     def commit(self) -> None:
         contents = memoryview(self._contents)
-        try:
-            answer = self._send(
+        self._make_visible(
+            partial(
+                self._send,
                 "put_object",
                 num_bytes=len(contents),
                 Body=contents,
                 Metadata=self._metadata,
                 ChecksumCRC32=checksum_text(crc32(contents)),
-                **self._conditions,
             )
-            self.version = answer["ETag"]
-        except OSError as error:
-            self._check_commit(error)
+        )
 
     def abort(self) -> None:
         self._contents = bytearray()
 
 
 class _PartsUpload(_S3Upload):
-    """A multipart upload, with the object beside it that tells of it, and a journal of its parts."""
+    """A multipart upload, whose parts are the pieces, with a journal of them."""
 
     def __init__(
         self,
@@ -231,52 +249,41 @@ class _PartsUpload(_S3Upload):
         super().__init__(requests, path, num_bytes, piece_bytes, expected)
         self._parts: dict[int, Part] = {}
         self._sent_before: dict[int, Part] = {}
-        self._note = ""
-        self._upload_id = ""
-        self._is_over = False
         self._journal = journals.take(path, num_bytes, piece_bytes)
-        try:
-            if self._journal is None or not self._resume(self._journal):
-                self._start(journals)
-        except BaseException:
-            self.abort()
-            raise
+        left = self._go_on(self._journal) if self._journal is not None else None
+        self._multipart = left or self._begin(journals)
 
-    def _start(self, journals: Journals) -> None:
-        self._note = temporary_name(self._token, os.path.basename(self._path))
-        _alive.add(self._note)
-        self._requests.send("put_object", self._bucket, Key=self._note_key, Body=memoryview(self._path.encode()))
-        self._upload_id = self._send(
-            "create_multipart_upload",
+    def _begin(self, journals: Journals) -> _Multipart:
+        multipart = _Multipart.begun(
+            self._requests,
+            self._path,
+            self._token,
             Metadata=self._metadata,
             ChecksumAlgorithm="CRC32",
             ChecksumType="FULL_OBJECT",
-        )["UploadId"]
-        self._journal = journals.begin(
-            UploadRecord(self._path, self._upload_id, self._token, self._note, self._num_bytes, self.piece_bytes)
         )
+        self._journal = journals.begin(
+            UploadRecord(self._path, multipart.id, self._token, multipart.note, self._num_bytes, self.piece_bytes)
+        )
+        return multipart
 
-    def _resume(self, journal: Journal) -> bool:
-        """Go on with an upload that a process of ours has left; False when the store knows it no more."""
-        upload = journal.upload
-        _alive.add(upload.note)
+    def _go_on(self, journal: Journal) -> _Multipart | None:
+        """With an upload that a process of ours has left; None when the store knows it no more."""
+        left = journal.upload
+        multipart = _Multipart(self._requests, self._path, left.note, left.upload_id)
         there: dict[int, tuple[str, int]] = {}
         try:
-            for page in self._requests.pages("list_parts", self._bucket, Key=self._key, UploadId=upload.upload_id):
+            for page in multipart.pages("list_parts"):
                 there |= {part["PartNumber"] - 1: (part["ETag"], part["Size"]) for part in page.get("Parts", ())}
         except UploadGoneError:  # it may even have been completed
-            self._note = upload.note
-            self._forget()
-            return False
-        self._token, self._note, self._upload_id = upload.token, upload.note, upload.upload_id
+            multipart.forget()
+            journal.remove()
+            return None
+        self._token = left.token
         self._sent_before = {
             number: part for number, part in journal.parts.items() if there.get(number) == (part.etag, part.num_bytes)
         }
-        return True
-
-    @property
-    def _note_key(self) -> str:
-        return split(f"{os.path.dirname(self._path)}/{self._note}")[1]
+        return multipart
 
     def write(self, offset: int, view: memoryview) -> None:
         number, rest = divmod(offset, self.piece_bytes)
@@ -288,13 +295,8 @@ class _PartsUpload(_S3Upload):
         self._parts[number] = part
 
     def _send_part(self, number: int, crc: int, view: memoryview) -> Part:
-        answer = self._send(
-            "upload_part",
-            num_bytes=len(view),
-            UploadId=self._upload_id,
-            PartNumber=number + 1,
-            Body=view,
-            ChecksumCRC32=checksum_text(crc),
+        answer = self._multipart.send(
+            "upload_part", num_bytes=len(view), PartNumber=number + 1, Body=view, ChecksumCRC32=checksum_text(crc)
         )
         part = Part(number, answer["ETag"], crc, len(view))
         if self._journal is not None:
@@ -315,40 +317,18 @@ class _PartsUpload(_S3Upload):
             {"PartNumber": part.number + 1, "ETag": part.etag, "ChecksumCRC32": checksum_text(part.crc)}
             for part in parts
         ]
-        try:
-            answer = self._send(
-                "complete_multipart_upload",
-                UploadId=self._upload_id,
-                MultipartUpload={"Parts": listed},
-                ChecksumCRC32=checksum_text(whole),
-                ChecksumType="FULL_OBJECT",
-                **self._conditions,
-            )
-            self.version = answer["ETag"]
-        except OSError as error:
-            self._check_commit(error)
-        self._is_over = True
+        self._make_visible(
+            partial(self._multipart.complete, listed, ChecksumCRC32=checksum_text(whole), ChecksumType="FULL_OBJECT")
+        )
+        self._multipart.is_over = True
 
     def close(self) -> None:
-        self._forget()
+        self._multipart.forget()
+        if self._journal is not None:
+            self._journal.remove()
 
     def abort(self) -> None:
-        if self._upload_id and not self._is_over:
-            try:
-                self._send("abort_multipart_upload", UploadId=self._upload_id)
-            except UploadGoneError:
-                pass
-            except OSError:
-                _alive.discard(self._note)
-                return  # the note stays, for a sweep
-        self._is_over = True
-        self._forget()
-
-    def _forget(self) -> None:
-        if self._note in _alive:
-            with contextlib.suppress(OSError):
-                self._requests.send("delete_object", self._bucket, Key=self._note_key)
-            _alive.discard(self._note)
+        self._multipart.abort()
         if self._journal is not None:
             self._journal.remove()
 
@@ -359,6 +339,69 @@ def _is_same(part: Part, crc: int, view: memoryview) -> bool:
         return False
     tag = part.etag.strip('"')
     return not _MD5.fullmatch(tag) or hashlib.md5(view, usedforsecurity=False).hexdigest() == tag
+
+
+class _Multipart:
+    """A multipart upload of the store's, with the object beside it, its note, that tells of it until `forget`.
+
+    Where the store may have begun one of which we know nothing, or ours can't be aborted, the note stays, for a sweep.
+    """
+
+    def __init__(self, requests: S3Requests, path: str, note: str, upload_id: str) -> None:
+        self.note, self.id = note, upload_id
+        self.is_over = False
+        self._requests = requests
+        self._bucket, self._key = split(path)
+        self._note_key = split(f"{os.path.dirname(path)}/{note}")[1]
+        self._leaves_nothing = True
+        _alive.add(note)
+
+    @classmethod
+    def begun(cls, requests: S3Requests, path: str, token: str, **arguments: Any) -> _Multipart:
+        """A new one, its note first."""
+        upload = cls(requests, path, temporary_name(token, os.path.basename(path)), "")
+        try:
+            requests.send("put_object", upload._bucket, Key=upload._note_key, Body=memoryview(path.encode()))
+            answer = requests.send(
+                "create_multipart_upload", upload._bucket, Key=upload._key, note_failure=upload._leave, **arguments
+            )
+            upload.id = answer["UploadId"]
+        except BaseException:
+            upload.abort()
+            raise
+        return upload
+
+    def _leave(self) -> None:
+        self._leaves_nothing = False
+
+    def pages(self, operation: str) -> Iterator[Answer]:
+        """All pages of what there is to say of it."""
+        return self._requests.pages(operation, self._bucket, Key=self._key, UploadId=self.id)
+
+    def send(self, operation: str, **arguments: Any) -> Answer:
+        """What is done to the upload."""
+        return self._requests.send(operation, self._bucket, Key=self._key, UploadId=self.id, **arguments)
+
+    def complete(self, parts: Sequence[Mapping[str, Any]], **arguments: Any) -> Answer:
+        return self.send("complete_multipart_upload", MultipartUpload={"Parts": parts}, **arguments)
+
+    def abort(self) -> None:
+        if self.id and not self.is_over:
+            try:
+                self.send("abort_multipart_upload")
+            except UploadGoneError:
+                pass
+            except OSError:
+                self._leave()
+        self.is_over = True
+        self.forget()
+
+    def forget(self) -> None:
+        if self.note in _alive:
+            if self._leaves_nothing:
+                with contextlib.suppress(OSError):
+                    self._requests.send("delete_object", self._bucket, Key=self._note_key)
+            _alive.discard(self.note)
 
 
 class S3Reader(Reader):
@@ -419,30 +462,24 @@ def copy(requests: S3Requests, source: S3Reader, destination: str) -> None:
             CopySourceIfMatch=source.version,
         )
         return
-    upload_id = requests.send("create_multipart_upload", bucket, Key=key)["UploadId"]
+    upload = _Multipart.begun(requests, destination, secrets.token_hex(8))
     try:
         parts = []
         for number, start in enumerate(range(0, source.num_bytes, _COPY_PART_BYTES), 1):
             stop = min(start + _COPY_PART_BYTES, source.num_bytes)
-            answer = requests.send(
+            answer = upload.send(
                 "upload_part_copy",
-                bucket,
                 num_bytes=stop - start,
-                Key=key,
-                UploadId=upload_id,
                 PartNumber=number,
                 CopySource=origin,
                 CopySourceRange=f"bytes={start}-{stop - 1}",
                 CopySourceIfMatch=source.version,
             )
             parts.append({"PartNumber": number, "ETag": answer["CopyPartResult"]["ETag"]})
-        requests.send(
-            "complete_multipart_upload", bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": parts}
-        )
-    except BaseException:
-        with contextlib.suppress(OSError):
-            requests.send("abort_multipart_upload", bucket, Key=key, UploadId=upload_id)
-        raise
+        upload.complete(parts)
+        upload.is_over = True
+    finally:
+        upload.abort()
 
 
 def _conditions(expected: str | None) -> dict[str, str]:

@@ -9,29 +9,53 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import errno
 import io
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from asyncckpt.errors import MissingExtraError
+from asyncckpt.errors import CheckpointError, MissingExtraError
 from asyncckpt.storage.base import ConflictError
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
 
 Answer = dict[str, Any]
 
-_MAX_TRIES = 4
+_MAX_TRIES = 6
+_MAX_TRIES_TO_CONNECT = 3
+_MAX_TRYING_SECS = 45.0  # no further try begins after that
 _FIRST_PAUSE_SECS = 0.2
 _MAX_PAUSE_SECS = 5.0
-_CONNECT_SECS = 5.0
-_LEAST_SECS = 20.0
+_CONNECT_SECS = 3.0
+_LEAST_SECS = 15.0
 _LEAST_BYTES_PER_SEC = 1 << 20  # slower than this counts as a stall
 _PAGE_KEYS = 1000
 
-_DENIED = frozenset({"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"})
-_ABSENT = frozenset({"404", "NoSuchKey", "NoSuchUpload", "NotFound"})
-_CONFLICT = frozenset({"412", "PreconditionFailed", "ConditionalRequestConflict", "409"})
+_ABSENT = frozenset({"404", "NoSuchKey", "NotFound"})
+_CONFLICT = frozenset({"412", "PreconditionFailed"})
+# The request has come to harm on the way, or met another one: sent again, it may do.
+_PASSING = frozenset(
+    {
+        *("BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "IncompleteBody", "RequestTimeout"),
+        *("SlowDown", "Throttling", "ConditionalRequestConflict", "OperationAborted"),
+    }
+)
+_CREDENTIALS = "check key and secret in storage_options, or what the environment has of credentials"
+_REFUSALS = {
+    "InvalidAccessKeyId": f"the store knows no such access key; {_CREDENTIALS}",
+    "SignatureDoesNotMatch": f"the secret is not that of the access key; {_CREDENTIALS}",
+    "AccessDenied": "these credentials do not allow {operation}; let them, or use others",
+    "ExpiredToken": "the session token has expired; get another one",
+    "InvalidToken": f"the session token is not valid; {_CREDENTIALS}",
+    "RequestTimeTooSkewed": "this machine's clock is wrong; set it right",
+}
+_WRONG_REGION = frozenset({"301", "PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"})
 
 
 class UploadGoneError(OSError):
@@ -42,36 +66,72 @@ class S3Requests:
     """Requests with one set of `storage_options`, as s3fs takes them. Thread-safe; a forked child connects anew."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
+        """Raises `MissingExtraError`, and `CheckpointError` for options that can't be used."""
+        _check_packages()
+        _check_endpoint(options)
         self._options = dict(options)
         self._lock = threading.Lock()
         self._file_system: Any = None
         self._pid = 0
+        self._known_buckets: set[str] = set()
 
-    def send(self, operation: str, bucket: str, *, num_bytes: int = 0, **arguments: Any) -> Answer:
+    def send(
+        self,
+        operation: str,
+        bucket: str,
+        *,
+        num_bytes: int = 0,
+        note_failure: Callable[[], None] = lambda: None,
+        **arguments: Any,
+    ) -> Answer:
         """The answer to one operation of boto3's client, by its name. Blocks until the deadline, `num_bytes` being what
-        goes over the wire; a failure that may pass is tried again.
+        goes over the wire; a failure that may pass is tried again, and noted, since the store may have done it.
 
-        Raises FileNotFoundError, PermissionError, `ConflictError`, `UploadGoneError`, or OSError.
+        Raises FileNotFoundError, PermissionError, `ConflictError`, `UploadGoneError`, or OSError, naming the URL.
         """
-        from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+        from tenacity import Retrying, retry_if_exception, wait_random_exponential
 
         retrying = Retrying(
-            stop=stop_after_attempt(_MAX_TRIES),
+            stop=_is_enough,
             wait=wait_random_exponential(_FIRST_PAUSE_SECS, max=_MAX_PAUSE_SECS),
             retry=retry_if_exception(_may_pass),
+            after=lambda state: note_failure(),
             reraise=True,
         )
-        answer: Answer = retrying(self._send_once, operation, bucket, num_bytes, arguments)
+        try:
+            answer: Answer = retrying(self._send_once, operation, bucket, num_bytes, arguments)
+        except OSError as error:
+            error.filename = f"s3://{bucket}/{arguments.get('Key', arguments.get('Prefix', ''))}"
+            if isinstance(error, FileNotFoundError):
+                self._check_bucket(bucket, error.filename)
+            raise
+        self._known_buckets.add(bucket)
         return answer
 
     def pages(self, operation: str, bucket: str, **arguments: Any) -> Iterator[Answer]:
         """All pages of a listing."""
+        arguments[_PAGE_SIZES[operation]] = _PAGE_KEYS
         while True:
             page = self.send(operation, bucket, **arguments)
             yield page
             if not page.get("IsTruncated"):
                 return
-            arguments |= {name: page[answer] for name, answer in _NEXT_PAGE.items() if answer in page}
+            following = {name: page[answer] for name, answer in _NEXT_PAGE.items() if page.get(answer)}
+            if following.items() <= arguments.items():
+                raise OSError(errno.EPROTO, f"{operation}: the store does not say where the next page begins")
+            arguments |= following
+
+    def _check_bucket(self, bucket: str, url: str) -> None:
+        """What is not there may be the bucket, of which the answer to a HEAD says nothing."""
+        if bucket in self._known_buckets:
+            return
+        with contextlib.suppress(PermissionError):
+            try:
+                self._send_once("head_bucket", bucket, 0, {})
+            except FileNotFoundError:
+                error = _no_bucket(bucket)
+                error.filename = url
+                raise error from None
 
     def _send_once(self, operation: str, bucket: str, num_bytes: int, arguments: Mapping[str, Any]) -> Answer:
         file_system = self._connected()
@@ -106,6 +166,7 @@ class S3Requests:
             return self._file_system
 
 
+_PAGE_SIZES = {"list_objects_v2": "MaxKeys", "list_multipart_uploads": "MaxUploads", "list_parts": "MaxParts"}
 _NEXT_PAGE = {
     "ContinuationToken": "NextContinuationToken",
     "KeyMarker": "NextKeyMarker",
@@ -153,29 +214,59 @@ def explained(error: Exception, operation: str, bucket: str) -> OSError:
     while cause is not None and not hasattr(cause, "response"):
         cause = cause.__cause__
     response = getattr(cause, "response", None)
-    code = str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
-    name = type(error.__cause__ or error).__name__
+    if isinstance(response, dict):
+        return _explained_answer(response, operation, bucket)
+    return _explained_failure(error, operation)
+
+
+def _explained_answer(response: Answer, operation: str, bucket: str) -> OSError:
+    """The store has answered, and refuses."""
+    code = str(response.get("Error", {}).get("Code", ""))
+    message = response.get("Error", {}).get("Message") or code
+    status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     if code == "NoSuchBucket":
-        return OSError(errno.ENODEV, f"there is no bucket {bucket!r}; make it first")
+        return _no_bucket(bucket)
     if code == "NoSuchUpload":
         return UploadGoneError(errno.ENOENT, "the multipart upload is gone")
-    if code in _ABSENT or isinstance(error, FileNotFoundError):
+    if code in _ABSENT:
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     if code in _CONFLICT:
         return ConflictError(errno.EEXIST, "somebody else has written it meanwhile")
-    if code in _DENIED or isinstance(error, PermissionError):
-        return PermissionError(errno.EACCES, f"the store refuses {operation} ({code or 'denied'}): check credentials")
-    if "Credentials" in name:
-        return PermissionError(errno.EACCES, "no credentials for the store were found")
-    if response is not None:
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        number = errno.EAGAIN if status >= 500 or code in ("SlowDown", "RequestTimeout") else errno.EINVAL
-        return OSError(number, f"{operation}: {response.get('Error', {}).get('Message') or code}")
-    if "Connect" in name or "EndpointConnection" in name:
-        return OSError(errno.ECONNREFUSED, "the store can't be reached: check the endpoint")
+    if code in _REFUSALS:
+        return PermissionError(errno.EACCES, _REFUSALS[code].format(operation=operation))
+    if code in _WRONG_REGION:
+        return OSError(errno.EINVAL, f"the bucket is in another region ({message}); set region_name in client_kwargs")
+    if status >= 500 or code in _PASSING:
+        return OSError(errno.EAGAIN, f"{operation}: {message}")
+    if status in (401, 403):
+        return PermissionError(errno.EACCES, f"the store refuses {operation}; {_CREDENTIALS}")
+    return OSError(errno.EINVAL, f"{operation}: {message}")
+
+
+def _explained_failure(error: Exception, operation: str) -> OSError:
+    """There is no answer."""
+    from botocore import exceptions as of_client
+
+    name = type(error).__name__
+    if isinstance(error, (of_client.NoCredentialsError, of_client.PartialCredentialsError)):
+        return PermissionError(errno.EACCES, f"no credentials for the store were found; {_CREDENTIALS}")
+    if isinstance(error, (of_client.EndpointConnectionError, of_client.ConnectTimeoutError)):
+        return OSError(errno.ECONNREFUSED, "the store can't be reached; check the network and endpoint_url")
+    if isinstance(error, of_client.ConnectionClosedError):
+        return OSError(errno.ECONNRESET, f"{operation}: the connection broke")
+    if isinstance(error, of_client.SSLError):
+        return OSError(errno.EPROTO, f"{operation}: no secure connection; check endpoint_url and its certificate")
+    if isinstance(error, of_client.HTTPClientError):
+        return OSError(errno.EAGAIN, f"{operation}: {name}")
+    if isinstance(error, (of_client.BotoCoreError, TypeError, ValueError)):
+        return OSError(errno.EINVAL, f"{operation}: {name}; check storage_options and the URL")
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, f"{operation}: {error.strerror or name}")
     return OSError(errno.EAGAIN, f"{operation}: {name}")
+
+
+def _no_bucket(bucket: str) -> OSError:
+    return OSError(errno.ENODEV, f"there is no bucket {bucket!r}; make it first, or correct the URL")
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -184,13 +275,36 @@ def _may_pass(error: BaseException) -> bool:
     return error.errno in (errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET, errno.EPIPE, errno.ECONNREFUSED)
 
 
+def _is_enough(state: RetryCallState) -> bool:
+    """Whether to give up, after a failure that may pass."""
+    error = state.outcome.exception() if state.outcome is not None else None
+    is_refused = isinstance(error, OSError) and error.errno == errno.ECONNREFUSED
+    max_tries = _MAX_TRIES_TO_CONNECT if is_refused else _MAX_TRIES
+    return state.attempt_number >= max_tries or (state.seconds_since_start or 0.0) >= _MAX_TRYING_SECS
+
+
+def _check_packages() -> None:
+    missing = [name for name in ("s3fs", "tenacity") if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(f"s3:// needs {' and '.join(missing)}: pip install 'asyncckpt[s3]'")
+
+
+def _check_endpoint(options: Mapping[str, Any]) -> None:
+    """An endpoint goes into messages."""
+    for endpoint in (options.get("endpoint_url"), (options.get("client_kwargs") or {}).get("endpoint_url")):
+        if "@" in urlsplit(str(endpoint or "")).netloc:
+            raise CheckpointError("credentials don't belong into endpoint_url; pass them as key and secret")
+
+
 def _connect(options: Mapping[str, Any]) -> Any:
-    try:
-        import s3fs
-        import tenacity  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("s3:// needs s3fs: pip install asyncckpt[s3]") from error
-    config = {"connect_timeout": _CONNECT_SECS, "retries": {"max_attempts": 1}, "max_pool_connections": 32}
+    import s3fs
+
+    config = {
+        "connect_timeout": _CONNECT_SECS,
+        "read_timeout": None,  # the deadline is ours
+        "retries": {"max_attempts": 0},
+        "max_pool_connections": 32,
+    }
     options = {**options, "config_kwargs": {**config, **options.get("config_kwargs", {})}}
     file_system = s3fs.S3FileSystem(**options, skip_instance_cache=True, use_listings_cache=False)
     file_system.retries = 1  # ours know deadlines

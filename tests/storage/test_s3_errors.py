@@ -1,0 +1,150 @@
+"""What can't work with a store says so at once, with the URL and what to do, and harms nothing that is there."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+import asyncckpt
+from asyncckpt import AsyncCheckpointSaver, CheckpointManager, CheckpointWriteError
+from asyncckpt.errors import MissingExtraError
+from storage.s3_proxy import S3Proxy, s3_proxy
+from storage.s3_server import S3Server
+
+BUCKET = "errors"
+TIMEOUT_SECS = 120.0
+# What is wrong: the bucket, what the server is opened with, and what the message has to say.
+WRONG: dict[str, tuple[str, Callable[[S3Server], dict[str, Any]], str]] = {
+    "no bucket": ("no-such-bucket", lambda server: server.options, "there is no bucket 'no-such-bucket'; make it"),
+    "secret": (BUCKET, lambda server: server.options | {"secret": "wrong"}, "check key and secret in storage_options"),
+    "key": (BUCKET, lambda server: server.options | {"key": "wrong"}, "check key and secret in storage_options"),
+    "no server": (
+        BUCKET,
+        lambda server: server.options | {"endpoint_url": f"http://127.0.0.1:{closed_port()}"},
+        "can't be reached; check the network and endpoint_url",
+    ),
+    "endpoint": (BUCKET, lambda server: server.options | {"endpoint_url": "nonsense"}, "check storage_options"),
+    "option": (BUCKET, lambda server: server.options | {"config_kwargs": {"nonsense": 1}}, "check storage_options"),
+}
+
+
+def closed_port() -> int:
+    with closing(socket.socket()) as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def proxy(server: S3Server) -> Iterator[S3Proxy]:
+    client = server.client()
+    if not client.exists(BUCKET):
+        client.mkdir(BUCKET)
+    with s3_proxy(server) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def place() -> str:
+    return secrets.token_hex(4)
+
+
+def error_of(action: Callable[[], object]) -> OSError | None:
+    try:
+        action()
+    except OSError as error:
+        return error
+    return None
+
+
+def save_by_saver(url: str, options: dict[str, Any]) -> BaseException | None:
+    """In the writer process, as it is by default."""
+    with AsyncCheckpointSaver(storage_options=options) as saver:
+        return saver.save({"a": torch.arange(10.0)}, f"{url}/latest.pt").exception(TIMEOUT_SECS)
+
+
+def save_by_manager(url: str, options: dict[str, Any]) -> BaseException | None:
+    with CheckpointManager(url, writer="thread", storage_options=options) as manager:
+        try:
+            handle = manager.save(torch.nn.Linear(2, 2), None, epoch=0, global_step=1, val_loss=1.0)
+        except CheckpointWriteError as error:
+            return error
+        assert handle is not None
+        return handle.exception(TIMEOUT_SECS)
+
+
+def load(url: str, options: dict[str, Any]) -> BaseException | None:
+    return error_of(partial(asyncckpt.load, f"{url}/latest.pt", storage_options=options))
+
+
+def load_by_manager(url: str, options: dict[str, Any]) -> BaseException | None:
+    with CheckpointManager(url, storage_options=options) as manager:
+        return error_of(partial(manager.load_latest, torch.nn.Linear(2, 2)))
+
+
+def load_by_name(url: str, options: dict[str, Any]) -> BaseException | None:
+    with CheckpointManager(url, storage_options=options) as manager:
+        return error_of(partial(manager.load, "latest.pt", torch.nn.Linear(2, 2)))
+
+
+WAYS = (save_by_saver, save_by_manager, load, load_by_manager)
+CASES = [(wrong, way) for wrong in ("no bucket", "secret", "key", "no server") for way in WAYS]
+CASES += [("endpoint", load), ("option", load), ("secret", load_by_name)]
+
+
+@pytest.mark.parametrize(("wrong", "way"), CASES, ids=lambda value: getattr(value, "__name__", None))
+def test_the_error_says_what_to_do(
+    proxy: S3Proxy, place: str, wrong: str, way: Callable[[str, dict[str, Any]], BaseException | None]
+) -> None:
+    """An OSError of ours or of the system, with the URL; nothing that can't help is tried again."""
+    bucket, options, says = WRONG[wrong]
+    url = f"s3://{bucket}/{place}"
+    proxy.arm(None)
+    error = way(url, options(proxy.server))
+    assert isinstance(error, CheckpointWriteError if way in (save_by_saver, save_by_manager) else OSError)
+    assert url in str(error)
+    assert says in str(error)
+    assert "disk" not in str(error)
+    assert "directory must be" not in str(error)
+    tries = Counter(kind for kind in proxy.seen if kind != "head bucket")  # which is asked for every object
+    assert all(number == 1 for number in tries.values()), proxy.seen
+
+
+@pytest.mark.parametrize("save", [save_by_saver, save_by_manager])
+def test_what_is_there_stays(
+    server: S3Server, place: str, save: Callable[[str, dict[str, Any]], BaseException | None]
+) -> None:
+    """A save that fails costs nothing, and once the cause is gone the next one succeeds."""
+    url, client = f"s3://{BUCKET}/{place}", server.client()
+    assert save(url, server.options) is None
+    before = {path: client.cat_file(path) for path in client.find(url) if path.endswith((".pt", "registry.json"))}
+    assert before
+    assert save(url, server.options | {"secret": "wrong"}) is not None
+    assert {path: client.cat_file(path) for path in before} == before
+    assert save(url, server.options) is None
+
+
+@pytest.mark.parametrize("package", ["s3fs", "tenacity"])
+def test_a_missing_package_is_named(
+    server: S3Server, place: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, where it is asked for, whatever is asked."""
+    monkeypatch.setitem(sys.modules, package, None)
+    url, says = f"s3://{BUCKET}/{place}", rf"needs {package}: pip install 'asyncckpt\[s3\]'"
+    with AsyncCheckpointSaver(storage_options=server.options) as saver, pytest.raises(MissingExtraError, match=says):
+        saver.save({}, f"{url}/latest.pt")
+    with CheckpointManager(url, storage_options=server.options) as manager:
+        with pytest.raises(MissingExtraError, match=says):
+            manager.save(torch.nn.Linear(2, 2), None, epoch=0, global_step=1, val_loss=1.0)
+        with pytest.raises(MissingExtraError, match=says):
+            manager.load_latest(torch.nn.Linear(2, 2))
+    with pytest.raises(MissingExtraError, match=says):
+        asyncckpt.load(f"{url}/latest.pt", storage_options=server.options)

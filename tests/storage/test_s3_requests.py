@@ -1,0 +1,208 @@
+"""What only a network and a store can do: pages, stalls, answers that never come, and what is left of uploads."""
+
+from __future__ import annotations
+
+import errno
+import secrets
+from collections.abc import Iterator
+
+import pytest
+
+from asyncckpt.naming import temporary_name
+from asyncckpt.storage import s3, s3_requests
+from asyncckpt.storage.base import ConflictError
+from asyncckpt.storage.s3 import S3Storage
+from storage.conformance import make_content, put_by_upload
+from storage.s3_proxy import ANY, Fault, S3Proxy, s3_proxy
+from storage.s3_server import S3Server
+
+BUCKET = "requests"
+PART_BYTES = 5 << 20
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_requests, "_LEAST_SECS", 0.5)
+    monkeypatch.setattr(s3_requests, "_LEAST_BYTES_PER_SEC", PART_BYTES)
+    monkeypatch.setattr(s3_requests, "_MAX_TRIES", 2)
+    monkeypatch.setattr(s3_requests, "_FIRST_PAUSE_SECS", 0.01)
+
+
+@pytest.fixture(scope="module")
+def proxy(server: S3Server) -> Iterator[S3Proxy]:
+    client = server.client()
+    if not client.exists(BUCKET):
+        client.mkdir(BUCKET)
+    with s3_proxy(server) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def storage(proxy: S3Proxy) -> S3Storage:
+    proxy.arm(None)
+    return S3Storage(proxy.server.options, least_part_bytes=PART_BYTES)
+
+
+@pytest.fixture
+def place() -> str:
+    return f"s3://{BUCKET}/{secrets.token_hex(4)}"
+
+
+def begin_uploads(server: S3Server, path: str, number: int) -> set[str]:
+    """By other means than the code under test."""
+    bucket, key = s3.split(path)
+    begin = server.client().call_s3
+    return {begin("create_multipart_upload", Bucket=bucket, Key=key)["UploadId"] for _ in range(number)}
+
+
+def uploads(server: S3Server, path: str) -> set[str]:
+    bucket, key = s3.split(path)
+    answer = server.client().call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key)
+    return {upload["UploadId"] for upload in answer.get("Uploads", ())}
+
+
+def write_note(server: S3Server, directory: str, contents: str) -> str:
+    note = f"{directory}/{temporary_name(secrets.token_hex(8), 'file')}"
+    server.client().pipe_file(note, contents.encode())
+    return note
+
+
+def test_all_pages_of_names_are_read(
+    storage: S3Storage, proxy: S3Proxy, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Objects and prefixes, however many a page holds."""
+    monkeypatch.setattr(s3_requests, "_PAGE_KEYS", 2)
+    names = ["a", "b", "c", "d", "e"]
+    for name in names:
+        storage.replace(f"{place}/{name}", b"")
+        storage.replace(f"{place}/{name}-under/file", b"")
+    proxy.arm(None)
+    assert storage.list_names(place) == sorted([*names, *(f"{name}-under" for name in names)])
+    assert proxy.seen.count("get bucket") >= 5
+
+
+def test_all_pages_of_uploads_are_swept(
+    storage: S3Storage, server: S3Server, proxy: S3Proxy, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the note's key, and no others, though their keys begin the same way."""
+    monkeypatch.setattr(s3_requests, "_PAGE_KEYS", 2)
+    begin_uploads(server, f"{place}/file", 5)
+    others = begin_uploads(server, f"{place}/file2", 3)
+    write_note(server, place, f"{place}/file")
+    proxy.arm(None)
+    assert len(storage.sweep(place, has_lock=True)) == 1
+    assert uploads(server, f"{place}/file") == others
+    assert proxy.seen.count("list_multipart_uploads") >= 4
+
+
+def test_a_listing_that_does_not_go_on_is_an_error(storage: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that says that there is more, but not where, is not asked for ever."""
+    monkeypatch.setattr(storage.requests, "_send_once", lambda *_: {"IsTruncated": True, "NextContinuationToken": "x"})
+    with pytest.raises(OSError, match="where the next page begins"):
+        storage.list_names(f"s3://{BUCKET}/run")
+
+
+@pytest.mark.parametrize("contents", ["", "nothing of ours", "s3://{bucket}/elsewhere/file", "{place}/deeper/file"])
+def test_what_is_no_note_of_this_place_is_left_alone(
+    storage: S3Storage, server: S3Server, place: str, contents: str
+) -> None:
+    """A file with a temporary name may come from anywhere: it can't make us abort somebody's uploads."""
+    elsewhere = begin_uploads(server, f"s3://{BUCKET}/elsewhere/file", 1)
+    deeper = begin_uploads(server, f"{place}/deeper/file", 1)
+    note = write_note(server, place, contents.format(bucket=BUCKET, place=place))
+    assert storage.sweep(place, has_lock=True) == []
+    assert server.client().exists(note)
+    assert uploads(server, f"{place}/deeper/file") == deeper
+    assert uploads(server, f"s3://{BUCKET}/elsewhere/file") >= elsewhere
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("stall", "put_object checkpoint", times=1000),
+        Fault("stall", "upload_part checkpoint", times=1000),
+        Fault("hang", "upload_part checkpoint", times=1000),
+    ],
+    ids=str,
+)
+def test_a_stall_is_a_failure(storage: S3Storage, proxy: S3Proxy, place: str, fault: Fault) -> None:
+    """No answer within the deadline; after as many tries as there may be, an error that says so."""
+    contents = make_content(PART_BYTES + 1 if fault.kind.startswith("upload_part") else 10)
+    proxy.arm(fault)
+    with pytest.raises(OSError, match="no answer within") as caught:
+        put_by_upload(storage, f"{place}/file", contents)
+    assert caught.value.errno == errno.ETIMEDOUT
+    assert caught.value.filename == f"{place}/file"
+    proxy.arm(None)
+    put_by_upload(storage, f"{place}/file", contents)
+
+
+def test_a_conditional_write_in_doubt_is_known_when_it_has_arrived(
+    storage: S3Storage, server: S3Server, proxy: S3Proxy, place: str
+) -> None:
+    """Every answer was lost, that to the question what became of it too: the next write replaces what is ours."""
+    path = f"{place}/registry.json"
+    version = storage.replace(path, b"1", expected="")
+    proxy.arm(Fault("hang", ANY, times=1000))
+    with pytest.raises(OSError, match="no answer"):
+        storage.replace(path, b"2", expected=version)
+    proxy.arm(None)
+    assert server.client().cat_file(path) == b"2"
+    storage.replace(path, b"3", expected=version)
+    assert server.client().cat_file(path) == b"3"
+
+
+def test_somebody_elses_write_is_a_conflict_all_the_same(
+    storage: S3Storage, server: S3Server, proxy: S3Proxy, place: str
+) -> None:
+    """What was written over our write in doubt is not ours to replace."""
+    path = f"{place}/registry.json"
+    version = storage.replace(path, b"1", expected="")
+    proxy.arm(Fault("hang", ANY, times=1000))
+    with pytest.raises(OSError, match="no answer"):
+        storage.replace(path, b"2", expected=version)
+    proxy.arm(None)
+    S3Storage(server.options).replace(path, b"theirs")
+    with pytest.raises(ConflictError):
+        storage.replace(path, b"3", expected=version)
+    assert server.client().cat_file(path) == b"theirs"
+
+
+@pytest.mark.parametrize("is_given_up", [False, True])
+def test_an_upload_whose_beginning_is_in_doubt_is_swept(
+    storage: S3Storage, server: S3Server, proxy: S3Proxy, place: str, is_given_up: bool
+) -> None:
+    """The store has begun one of which nobody knows the name: the note stays for a sweep, which finds it."""
+    path = f"{place}/file"
+    proxy.arm(Fault("lose", "create_multipart_upload checkpoint", times=2 if is_given_up else 1))
+    if is_given_up:
+        with pytest.raises(OSError, match="the connection broke"):
+            storage.begin(path, PART_BYTES + 1)
+    else:
+        put_by_upload(storage, path, make_content(PART_BYTES + 1))
+    assert uploads(server, path), "nothing is left to be swept"
+    assert len(storage.sweep(place, has_lock=True)) == 1
+    assert not uploads(server, path)
+    assert storage.list_names(place) == ([] if is_given_up else ["file"])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_copy_in_parts(
+    storage: S3Storage, server: S3Server, proxy: S3Proxy, place: str, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is too large to be copied by one request; one that fails leaves what was there, and no upload."""
+    monkeypatch.setattr(s3, "_MAX_COPY_BYTES", PART_BYTES)
+    monkeypatch.setattr(s3, "_COPY_PART_BYTES", PART_BYTES)
+    contents = make_content(2 * PART_BYTES + 1)
+    put_by_upload(storage, f"{place}/file", contents)
+    storage.replace(f"{place}/link", b"old")
+    if fails:
+        proxy.arm(Fault("refuse", "complete_multipart_upload checkpoint", times=1000))
+        with pytest.raises(OSError, match="request rate"):
+            storage.link(f"{place}/file", f"{place}/link")
+        proxy.arm(None)
+    else:
+        storage.link(f"{place}/file", f"{place}/link")
+    assert server.client().cat_file(f"{place}/link") == (b"old" if fails else contents)
+    assert not uploads(server, f"{place}/link")
+    assert storage.list_names(place) == ["file", "link"]
