@@ -49,6 +49,8 @@ class RangeReader(Reader):
 
     def read_into(self, offset: int, view: memoryview) -> None:
         stop = offset + len(view)
+        if stop > self.num_bytes:
+            raise EOFError(f"the file ends at byte {self.num_bytes}")
         if len(view):
             try:
                 with explained(self._path):

@@ -1,7 +1,8 @@
 """Object stores that fsspec opens (gs, abfs, and others): the finished put is the commit. No torch.
 
 Never `with file_system.open(…)`: an exception inside publishes half a file. What is small is put at the commit; the
-rest goes into a file that is not finished before.
+rest goes into a file that is not finished before. What a writer that died has sent of one the store itself forgets
+within a week, and never shows.
 """
 
 from __future__ import annotations
