@@ -186,7 +186,9 @@ class AsyncCheckpointSaver:
         self._admission = Admission(max_in_flight, when_full)
         self._writer = writer
         self.storage = Places(storage_options)
-        self._setup = Setup(num_workers, nice, retries, verify_after_save, stall_timeout_secs, self.storage.options)
+        self._setup = Setup(
+            num_workers, nice, retries, verify_after_save, stall_timeout_secs, self.storage.plain_options
+        )
         self._is_left = False  # to the writer process
         with contextlib.ExitStack() as started:  # there may be no memory for one more thread
             started.callback(self._callbacks.stop)
@@ -418,7 +420,7 @@ class AsyncCheckpointSaver:
     def _save(self, request: _Request) -> SaveHandle:
         started = time.perf_counter()
         self.check_usable()
-        if not self.storage.is_near(request.path):
+        if not self.storage.is_near(request.path) and self.storage.is_shared(request.path):
             self.use_writer_process()  # a network is no business of a process whose GIL is busy
         handle = SaveHandle(request.path, self._callbacks.put)
         place: Place | None = None

@@ -13,7 +13,7 @@ from asyncckpt.naming import temporary_name
 from asyncckpt.storage.base import Reader, Upload
 from asyncckpt.storage.fsspec_errors import explained
 
-_VERSION_KEYS = ("etag", "ETag", "generation", "md5Hash", "mtime", "modified", "last_modified", "LastModified")
+_VERSION_KEYS = ("etag", "ETag", "generation", "md5Hash", "ino", "mtime", "modified", "last_modified", "LastModified")
 
 
 class Temporary:

