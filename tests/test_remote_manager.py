@@ -138,7 +138,7 @@ def test_a_saver(place: Place) -> None:
 # --- what another process can't open ---
 
 
-class Registered(MemoryFileSystem):
+class Registered(MemoryFileSystem):  # type: ignore[misc]
     """A file system that only this process knows."""
 
     protocol = "registered"

@@ -45,7 +45,7 @@ class FsspecStorage(Storage):
         with self._connecting:
             file_system = self._file_systems.get(key)
             if file_system is None or not self.is_connected(file_system):
-                with explained(f"{key[1]}: connecting"):
+                with explained(key[1]):
                     file_system = self._file_systems[key] = self.connect(path)
         return file_system, file_system._strip_protocol(path)
 

@@ -59,7 +59,9 @@ def scheme_named(name: str) -> Scheme:
     Raises `CheckpointError` for one that checkpoints can't be written to, and `MissingExtraError`, which is one too, if
     its package is not installed.
     """
-    scheme = _registered_here(name) or _SCHEMES.get(name) or _known_to_fsspec(name)
+    if (registered := _registered_here(name)) is not None:
+        return registered
+    scheme = _SCHEMES.get(name) or _known_to_fsspec(name)
     if scheme is None:
         known = ", ".join(f"{known}://" for known in sorted(_SCHEMES))
         raise CheckpointError(

@@ -27,6 +27,8 @@ class SFTPServer:
 
     port: int
     key_file: Path
+    requests: Path  # the log of them
+    process_id: int
 
     @property
     def options(self) -> dict[str, Any]:
@@ -49,6 +51,12 @@ def sshd() -> str | None:
     return shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
 
+def _subsystem() -> str:
+    """The program that does what SFTP asks."""
+    places = ("/usr/lib/openssh", "/usr/libexec/openssh", "/usr/lib/ssh", "/usr/libexec")
+    return next(path for place in places if os.path.exists(path := f"{place}/sftp-server"))
+
+
 @contextmanager
 def sftp_server(directory: Path) -> Iterator[SFTPServer]:
     """A server whose keys and log are in `directory`. Only root, or the user it logs in, can run it."""
@@ -69,13 +77,13 @@ def sftp_server(directory: Path) -> Iterator[SFTPServer]:
         "StrictModes": "no",
         "UsePAM": "no",
         "PermitRootLogin": "prohibit-password",
-        "Subsystem": "sftp internal-sftp",
+        "Subsystem": f"sftp {_subsystem()} -e -l VERBOSE 2>>{directory / 'requests'}",
     }
     (directory / "config").write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
     os.makedirs("/run/sshd", exist_ok=True)  # where root's has no privileges; Debian's service makes it
     process = subprocess.Popen([program, "-D", "-f", directory / "config", "-E", directory / "log"])
     try:
-        server = SFTPServer(port, directory / "user")
+        server = SFTPServer(port, directory / "user", directory / "requests", process.pid)
         _await(server, process, directory / "log")
         yield server
     finally:
