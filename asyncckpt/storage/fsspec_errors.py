@@ -1,6 +1,7 @@
 """What the errors of file systems that fsspec opens mean. No torch.
 
 Every client has errors of its own, few of them OSErrors. Their texts may hold what was sent, so they are not passed on.
+What may pass has an errno that is worth a retry, but never EAGAIN: that is what a lock says that is taken.
 """
 
 from __future__ import annotations
@@ -38,13 +39,15 @@ def _meaning(error: Exception, path: str) -> OSError:
     if isinstance(error, TimeoutError) or "Timeout" in name:
         return OSError(errno.ETIMEDOUT, "the server does not answer", path)
     if status >= 500 or status in _PASSING_STATUSES:
-        return OSError(errno.EAGAIN, f"the server can't serve it now (status {status})", path)
+        return OSError(errno.EIO, f"the server can't serve it now (status {status})", path)
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, os.strerror(error.errno), path)
-    if isinstance(error, TypeError):
+    if isinstance(error, TypeError):  # it names what is too much, or missing
         return OSError(errno.EINVAL, f"the storage_options don't fit: {error}", path)
+    if isinstance(error, ValueError):
+        return OSError(errno.EINVAL, "the storage_options don't fit: some are missing, or make no sense", path)
     if isinstance(error, EOFError) or "Connect" in name or "SSH" in name:
-        return OSError(errno.EAGAIN, f"the connection is lost ({name})", path)
+        return OSError(errno.ENETDOWN, f"the connection is lost ({name})", path)
     return OSError(errno.EIO, f"the server fails ({name}{f', status {status}' if status else ''})", path)
 
 

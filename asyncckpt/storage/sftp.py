@@ -19,7 +19,7 @@ from asyncckpt.storage.base import Reader, Upload
 from asyncckpt.storage.fsspec_errors import explained
 from asyncckpt.storage.fsspec_files import Temporary
 from asyncckpt.storage.fsspec_storage import FsspecStorage
-from asyncckpt.storage.sftp_requests import make_link, read_into, sync_directory, sync_file, write
+from asyncckpt.storage.sftp_requests import make_link, read_into, rename, sync_directory, sync_file, write
 
 _PIECE_BYTES = 8 << 20
 _CONNECT_SECS = 20.0
@@ -111,7 +111,7 @@ class SFTPStorage(FsspecStorage):
                     is_linked = False
                 else:
                     is_linked = True
-                    client.posix_rename(self.find(temporary.path)[1], self.find(destination)[1])
+                    rename(client, self.find(temporary.path)[1], self.find(destination)[1])
                     sync_directory(client, place)
         finally:
             with contextlib.suppress(OSError):  # a rename onto a link of the same file leaves it
@@ -171,9 +171,11 @@ class _SFTPUpload(Upload):
 
     def commit(self) -> None:
         with explained(self._path):
-            if self._file.stat().st_size != self._num_bytes:
-                raise OSError(errno.EIO, "the temporary file changed size before it was committed")
-            self._client.posix_rename(self._temporary_place, self._place)
+            num_bytes = self._file.stat().st_size
+        if num_bytes != self._num_bytes:
+            raise OSError(errno.EIO, "the temporary file changed size before it was committed", self._path)
+        with explained(self._path):
+            rename(self._client, self._temporary_place, self._place)
             self._temporary_place = ""
             sync_directory(self._client, self._place.rsplit("/", 1)[0] or "/")
         self._end()

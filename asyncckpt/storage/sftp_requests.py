@@ -6,7 +6,9 @@ All are for a client that no other thread uses meanwhile.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
 from typing import Any
 
 from asyncckpt.threads import log_quietly
@@ -76,7 +78,7 @@ def sync_file(client: Any, handle: bytes) -> None:
     try:
         _extended(client, "fsync@openssh.com", handle)
     except OSError as error:
-        if "unsupported" not in str(error).lower():
+        if not _is_unsupported(error):
             raise
         _say_once("the SFTP server offers no fsync: whether what it was given survives a power cut only it knows")
 
@@ -91,9 +93,24 @@ def sync_directory(client: Any, place: str) -> None:
         sync_file(client, directory.handle)
 
 
+def rename(client: Any, source: str, destination: str) -> None:
+    """Rename, replacing what is there in one act. Raises OSError, with EOPNOTSUPP where the server can't replace."""
+    try:
+        client.posix_rename(source, destination)
+    except OSError as error:
+        if _is_unsupported(error):
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP)) from error
+        raise
+
+
 def make_link(client: Any, source: str, destination: str) -> None:
     """A hard link. Raises OSError, also where the server makes none."""
     _extended(client, "hardlink@openssh.com", source, destination)
+
+
+def _is_unsupported(error: OSError) -> bool:
+    """paramiko keeps the server's words, not its number."""
+    return error.errno is None and "unsupported" in str(error).lower()
 
 
 def _extended(client: Any, name: str, *arguments: Any) -> None:
