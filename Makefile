@@ -29,5 +29,5 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable ".[bench,cli,test,dev]"
+		--editable ".[s3,gcs,azure,sftp,bench,cli,test,dev]"
 	touch $@

@@ -391,20 +391,21 @@ class CheckpointManager:
             self._mirror = self._start_mirror(directory)
 
     def _start_mirror(self, directory: CheckpointDirectory) -> Mirror:
-        retention = directory.retention
+        retention, storage = directory.retention, self._saver.storage
         assert retention is not None
         setup = SetupMirror(
             source=os.fsencode(self.checkpoint_dir),
             target=os.fsencode(directory.path),
-            retention=to_plain(retention),
+            retention=to_plain(retention) or [],
             metric=self.monitor_metric,
             mode=self.monitor_mode,
             lock_timeout_secs=self._lock_timeout_secs,
             nice=self._saver.nice,
-            storage_options=self._saver.storage.options,
+            storage_options=storage.plain_options,
             journals=self._directory.path_of(JOURNALS_NAME),
         )
-        return Mirror.start(setup, retention, self._saver.emit, in_process=self._saver.writer != "thread")
+        in_process = self._saver.writer != "thread" and storage.is_shared(directory.path)
+        return Mirror.start(setup, retention, storage, self._saver.emit, in_process=in_process)
 
     def _looks_open(self) -> bool | None:
         """Whether the directory is open for writing; None when it should be, but the storage does not answer."""

@@ -187,7 +187,7 @@ class SetupMirror(Message, frozen=True):
 
     source: bytes
     target: bytes
-    retention: PlainPolicy | None
+    retention: PlainPolicy
     metric: str
     mode: str
     lock_timeout_secs: float

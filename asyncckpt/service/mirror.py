@@ -21,6 +21,7 @@ from asyncckpt.service.messages import Copied, Farewell, GivenUp, Happened, Logg
 from asyncckpt.service.queue import Emit
 from asyncckpt.service.replicator import Replicator, make_replica
 from asyncckpt.service.writer_process import MIRROR_MODULE, WriterProcess, why_not
+from asyncckpt.storage.base import Storage
 from asyncckpt.threads import log_quietly
 
 _POLL_SECS = 0.02
@@ -64,7 +65,9 @@ class Mirror:
         return mirror
 
     @classmethod
-    def start(cls, setup: SetupMirror, retention: RetentionPolicy, emit: Emit, *, in_process: bool) -> Mirror:
+    def start(
+        cls, setup: SetupMirror, retention: RetentionPolicy, storage: Storage, emit: Emit, *, in_process: bool
+    ) -> Mirror:
         """Copied to by a process, if it is wanted and can be had; else by a thread, with a word in the log."""
         if in_process:
             reason = why_not()
@@ -76,7 +79,7 @@ class Mirror:
             except OSError as error:
                 reason = f"the mirror's process can't be started: {error}"
             log_quietly(logging.WARNING, f"{reason}: a thread copies to the mirror, and does not outlive the trainer")
-        return cls.in_thread(make_replica(setup, retention), emit, setup.nice)
+        return cls.in_thread(make_replica(setup, storage, retention), emit, setup.nice)
 
     def expect(self, sequence: int) -> Future[CheckpointInfo]:
         """What becomes of a checkpoint that is being saved: its place in the mirror, or why it never got there."""

@@ -11,11 +11,13 @@ import time
 
 from asyncckpt.events import EventKind
 from asyncckpt.records import CheckpointInfo
+from asyncckpt.registry.retention import from_plain
 from asyncckpt.service import messages
 from asyncckpt.service.connection import Connection
 from asyncckpt.service.messages import Copied, Farewell, GivenUp, Happened, Message, Poke, Progress, SetupMirror
 from asyncckpt.service.replicator import Replicator, make_replica
 from asyncckpt.service.writer import Forwarder, run_process, step_back
+from asyncckpt.storage.places import Places
 from asyncckpt.threads import logger
 
 _POLL_SECS = 0.05
@@ -63,7 +65,8 @@ class MirrorProcess:
     def _take(self, message: messages.ToMirror) -> None:
         if isinstance(message, SetupMirror):
             step_back(message.nice)
-            self._replicator = Replicator(make_replica(message), self, nice=0)
+            storage = Places(message.storage_options, message.journals)
+            self._replicator = Replicator(make_replica(message, storage, from_plain(message.retention)), self, nice=0)
         elif isinstance(message, Poke):
             assert self._replicator is not None, "the trainer's first message is SetupMirror"
             self._replicator.poke(message.number)

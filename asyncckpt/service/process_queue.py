@@ -18,6 +18,7 @@ from functools import partial
 from asyncckpt.errors import CheckpointWriteError
 from asyncckpt.events import EventKind
 from asyncckpt.image.checksum import StagedImage
+from asyncckpt.paths import scheme_of
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.registry.retention import to_plain
@@ -240,7 +241,11 @@ class ProcessQueue:
         """Whether threads of this process have to write it; says why, once, where the user can do something."""
         if self._has_given_up:
             return True
-        image, listing = submission.image, submission.listing
+        image, listing, path = submission.image, submission.listing, submission.handle.path
+        if not self._local.storage.is_shared(path):
+            scheme = scheme_of(path)
+            self._tell_once(f"the writer process can't open {scheme}:// as this one does, by class or storage_options")
+            return True
         if listing is not None and (policy := listing.directory.retention) is not None and to_plain(policy) is None:
             self._tell_once(f"the retention policy {policy!r} is code that the writer process does not have")
             return True

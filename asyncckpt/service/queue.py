@@ -87,7 +87,7 @@ class SaveQueue:
         stall_timeout_secs: float,
         emit: Emit,
     ) -> None:
-        self._storage = storage
+        self.storage = storage
         self._retries = retries
         self._verify_after_save = verify_after_save
         self._emit = emit
@@ -201,7 +201,7 @@ class SaveQueue:
 
         job = Job(
             path=handle.path,
-            storage=self._storage,
+            storage=self.storage,
             source=source,
             retries=self._retries,
             verify_after_save=self._verify_after_save,
@@ -220,6 +220,6 @@ class SaveQueue:
             if directory in self._swept:
                 return
             self._swept.add(directory)
-        for path in self._storage.sweep(directory):
+        for path in self.storage.sweep(directory):
             log_quietly(logging.WARNING, f"removed {path}, left by a writer that died")
             self._emit("swept", path, "")

@@ -18,9 +18,9 @@ from asyncckpt.events import EventKind
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.registry.replication import Replica
-from asyncckpt.registry.retention import RetentionPolicy, from_plain
+from asyncckpt.registry.retention import RetentionPolicy
 from asyncckpt.service.messages import SetupMirror
-from asyncckpt.storage.places import Places
+from asyncckpt.storage.base import Storage
 from asyncckpt.threads import log_quietly, lower_priority
 
 _FIRST_PAUSE_SECS = 1.0
@@ -150,11 +150,8 @@ class Replicator:
         self._listener.progress(self._mirrored, self._problem, self._caught_up_with)
 
 
-def make_replica(setup: SetupMirror, retention: RetentionPolicy | None = None) -> Replica:
-    """What a mirror's setup describes, `retention` being what it could not say. Asks no storage yet."""
-    if retention is None and setup.retention is not None:
-        retention = from_plain(setup.retention)
-    storage = Places(setup.storage_options, setup.journals)
+def make_replica(setup: SetupMirror, storage: Storage, retention: RetentionPolicy) -> Replica:
+    """What a mirror's setup describes, but for what it can't always say. Asks no storage yet."""
     source = CheckpointDirectory(os.fsdecode(setup.source), storage)
     target = CheckpointDirectory(
         os.fsdecode(setup.target),

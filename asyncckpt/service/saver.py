@@ -195,7 +195,7 @@ class AsyncCheckpointSaver:
             retries,
             verify_after_save,
             stall_timeout_secs,
-            self.storage.options,
+            self.storage.plain_options,
             self.storage.journals,
         )
         self._is_left = False  # to the writer process
@@ -429,7 +429,7 @@ class AsyncCheckpointSaver:
     def _save(self, request: _Request) -> SaveHandle:
         started = time.perf_counter()
         self.check_usable()
-        if not self.storage.is_near(request.path):
+        if not self.storage.is_near(request.path) and self.storage.is_shared(request.path):
             self.use_writer_process()  # a network is no business of a process whose GIL is busy
         handle = SaveHandle(request.path, self._callbacks.put)
         place: Place | None = None

@@ -239,6 +239,10 @@ class Storage(ABC):
         """Whether a question takes so little time that training may wait for the answer."""
         return True
 
+    def is_shared(self, directory: str) -> bool:
+        """Whether another process, given the same options, finds the same files there. Asks nobody."""
+        return True
+
     def device(self, directory: str) -> int | None:
         """Which file system the directory is on, or would be made on; None where there is no such thing. Blocks."""
         return None

@@ -6,7 +6,8 @@ condition, so of two writers that claim at a time one is refused. Whoever holds 
 number. No clocks are compared: the waiting is done by who wants it.
 
 A writer that was taken for dead, and is not, is kept from the registry by the registry's own version, which its
-successor has changed first thing.
+successor has changed first thing. Where there are no versions a claim is advisory: whoever has written his reads it
+again, then at every beat, and stops when it is another's.
 """
 
 from __future__ import annotations
@@ -169,6 +170,10 @@ def take_claim(
     except ConflictError:
         _, found = _read(storage, path)
         raise BlockingIOError(errno.EAGAIN, found.holder if found is not None else "somebody else") from None
+    if not storage.has_versions:  # the second of two has overwritten the first
+        _, found = _read(storage, path)
+        if found is not None and found.token != record.token:
+            raise BlockingIOError(errno.EAGAIN, found.holder)
     return Claim(storage, directory, record, beat_secs, is_ours=True)
 
 
@@ -180,12 +185,26 @@ def is_claimed(storage: Storage, directory: str) -> bool:
 
 def _is_alive(storage: Storage, directory: str, beat_secs: float, lease_secs: float) -> bool:
     path = f"{directory}/{ALIVE_NAME}"
-    before, deadline = storage.version(path), time.monotonic() + lease_secs
+    before, deadline = _sign_of_life(storage, path), time.monotonic() + lease_secs
     while time.monotonic() < deadline:
         time.sleep(beat_secs / _NUM_LOOKS)
-        if storage.version(path) != before:
+        if _sign_of_life(storage, path) != before:
             return True
     return False
+
+
+def _sign_of_life(storage: Storage, path: str) -> str:
+    """Another one at every beat."""
+    if storage.has_versions:
+        return storage.version(path)
+    try:
+        return storage.read(path, _MAX_CLAIM_BYTES).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        if error.errno == errno.ESTALE:
+            return "replaced while it was read"
+        raise
 
 
 def _read(storage: Storage, path: str) -> tuple[str, _Record | None]:

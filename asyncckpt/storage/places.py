@@ -7,10 +7,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from asyncckpt.errors import CheckpointError
 from asyncckpt.paths import scheme_of
 from asyncckpt.storage.base import Lock, Reader, Storage, Upload
 from asyncckpt.storage.local import LocalStorage
+from asyncckpt.storage.schemes import make_storage, scheme_named
 
 
 def full_path(path: str | os.PathLike[str], what: str = "a checkpoint's path") -> str:
@@ -26,19 +29,19 @@ def full_path(path: str | os.PathLike[str], what: str = "a checkpoint's path") -
     scheme = scheme_of(name)
     if not scheme:
         return os.path.abspath(name)
-    if scheme not in _MAKERS:
-        known = ", ".join(f"{known}://" for known in sorted(_MAKERS))
-        raise CheckpointError(
-            f"{scheme}:// is not a kind of storage that is supported; these are: local paths, {known}"
-        )
+    way = scheme_named(scheme).way
     rest = name[len(scheme) + len("://") :]
-    if "@" in rest.split("/", 1)[0] or ":" in rest.split("/", 1)[0]:  # a secret may hold a slash before the @
+    user, at, _ = rest.split("/", 1)[0].rpartition("@")
+    # In a bucket's place a colon is a secret's, which may hold a slash; elsewhere a user's name may stand there.
+    if (way == "s3" and (at or ":" in rest.split("/", 1)[0])) or (at and ":" in user):
         raise CheckpointError(f"{scheme}://…: credentials don't belong into a URL; pass them in storage_options")
     if any(part in (".", "..") for part in rest.split("/")):
         raise CheckpointError(f"{name}: a URL's parts may not be '.' or '..'")
+    if rest.startswith("/") and way in ("sftp", "rename"):
+        raise CheckpointError(f"{name}: name the server, as in {scheme}://server/run")
     parts = [part for part in rest.split("/") if part]
-    if len(parts) < 2:
-        raise CheckpointError(f"{name}: a bucket alone is no place; add a path, as in {scheme}://bucket/run")
+    if len(parts) < (1 if way == "memory" else 2):
+        raise CheckpointError(f"{name}: a bucket, or a server, alone is no place; add a path: {scheme}://bucket/run")
     return f"{scheme}://" + "/".join(parts)
 
 
@@ -62,7 +65,8 @@ class Places(Storage):
             return self._local
         with self._lock:
             if scheme not in self._by_scheme:
-                self._by_scheme[scheme] = _MAKERS[scheme](self)
+                make = _MAKERS.get(scheme)
+                self._by_scheme[scheme] = make(self) if make else make_storage(scheme, self.options)
             return self._by_scheme[scheme]
 
     def begin(self, path: str, num_bytes: int, *, expected: str | None = None) -> Upload:
@@ -98,6 +102,20 @@ class Places(Storage):
 
     def is_near(self, directory: str) -> bool:
         return self.storage_of(directory).is_near(directory)
+
+    def is_shared(self, directory: str) -> bool:
+        if not scheme_of(directory):
+            return True
+        return self.plain_options == self.options and self.storage_of(directory).is_shared(directory)
+
+    @property
+    def plain_options(self) -> dict[str, Any]:
+        """The options as another process can be told them; none at all, if some are no plain data."""
+        try:
+            plain: dict[str, Any] = msgspec.msgpack.decode(msgspec.msgpack.encode(self.options))
+        except (TypeError, ValueError, OverflowError, RecursionError):
+            return {}
+        return plain if plain == self.options else {}
 
     def device(self, directory: str) -> int | None:
         return self.storage_of(directory).device(directory)

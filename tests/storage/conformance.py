@@ -199,7 +199,7 @@ class StorageConformance(ABC):
 
         def look() -> set[int]:
             seen: set[int] = set()
-            while not done.is_set():
+            while not done.is_set() or not seen:
                 with storage.open(path) as reader:
                     view = memoryview(bytearray(reader.num_bytes))
                     try:

@@ -1,0 +1,151 @@
+"""What all file systems that fsspec opens have in common: connecting, listing, deleting, claims, errors. No torch.
+
+fsspec has no conditional writes that all of them share, so a claim is only as good as its holder's manners: of two
+writers that start within the same moment both may go on for a few seconds, until the first look at each other's claim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from asyncckpt.naming import is_temporary_name
+from asyncckpt.paths import scheme_of
+from asyncckpt.storage.base import Lock, Reader, Storage, committing
+from asyncckpt.storage.claim import Claim, is_claimed, take_claim
+from asyncckpt.storage.fsspec_errors import explained
+from asyncckpt.storage.fsspec_files import RangeReader, Temporary
+from asyncckpt.threads import log_quietly
+
+
+class FsspecStorage(Storage):
+    """Files in one kind of file system. `options` are those of fsspec's class for it; nothing is asked before use.
+
+    `is_elsewhere_too` says whether another process can open the same file system by the same scheme and options.
+    """
+
+    def __init__(
+        self, options: Mapping[str, Any] | None = None, *, is_elsewhere_too: bool = True, **claim_secs: float
+    ) -> None:
+        self._options = dict(options or {})
+        self._is_elsewhere_too = is_elsewhere_too
+        self._claim_secs = claim_secs
+        self._connecting = threading.Lock()
+        self._file_systems: dict[tuple[int, str], Any] = {}
+
+    # --- connecting ---
+
+    def find(self, path: str) -> tuple[Any, str]:
+        """The file system that a URL is on, connected, and the path there. Blocks the first time."""
+        key = (os.getpid(), "/".join(path.split("/", 3)[:3]))  # a forked child connects anew
+        with self._connecting:
+            file_system = self._file_systems.get(key)
+            if file_system is None or not self.is_connected(file_system):
+                with explained(key[1]):
+                    file_system = self._file_systems[key] = self.connect(path)
+        return file_system, file_system._strip_protocol(path)
+
+    def connect(self, path: str) -> Any:
+        """A new connection to the file system that a URL is on, one that nobody else uses."""
+        from fsspec import get_filesystem_class
+        from fsspec.dircache import DirCache
+
+        kind = get_filesystem_class(scheme_of(path))
+        file_system = kind(**{**kind._get_kwargs_from_urls(path), **self._options}, skip_instance_cache=True)
+        file_system.dircache = DirCache(use_listings_cache=False)  # as an option not all kinds take it
+        return file_system
+
+    def is_connected(self, file_system: Any) -> bool:
+        """Whether it is still good for requests."""
+        return True
+
+    # --- reading ---
+
+    def open(self, path: str, *, follow_links: bool = True) -> Reader:
+        return RangeReader(*self.find(path), path)
+
+    def list_names(self, directory: str) -> list[str]:
+        file_system, place = self.find(directory)
+        with explained(directory):
+            entries = file_system.ls(place, detail=True)
+        names = {entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if not _is_itself(entry, place)}
+        return sorted(names)
+
+    # --- writing ---
+
+    def delete(self, paths: Sequence[str]) -> None:
+        for path in dict.fromkeys(paths):
+            file_system, place = self.find(path)
+            with contextlib.suppress(FileNotFoundError), explained(path):
+                file_system.rm_file(place)
+
+    def link(self, source: str, destination: str) -> None:
+        """By reading and writing all of it, where a kind of file system has nothing better."""
+        if source != destination:
+            self.copy(source, destination)
+
+    def copy(self, source: str, destination: str) -> None:
+        """Write `destination` anew with what `source` holds."""
+        with (
+            self.open(source, follow_links=False) as reader,
+            committing(self.begin(destination, reader.num_bytes)) as upload,
+        ):
+            buffer = memoryview(bytearray(min(upload.piece_bytes, reader.num_bytes)))
+            for offset in range(0, reader.num_bytes, upload.piece_bytes):
+                piece = buffer[: reader.num_bytes - offset]
+                reader.read_into(offset, piece)
+                upload.write(offset, piece)
+
+    # --- who writes ---
+
+    def lock(self, directory: str, holder: str) -> Lock:
+        _say_that_claims_are_advisory(scheme_of(directory))
+        return take_claim(self, directory, holder, **self._claim_secs)
+
+    def receive_lock(self, directory: str, share: int | bytes) -> Lock:
+        assert isinstance(share, bytes)
+        return Claim.received(self, directory, share, **self._claim_secs)
+
+    def is_locked(self, directory: str) -> bool:
+        return is_claimed(self, directory)
+
+    def is_near(self, directory: str) -> bool:
+        return False
+
+    def is_shared(self, directory: str) -> bool:
+        return self._is_elsewhere_too
+
+    def sweep(self, directory: str, *, has_lock: bool = False) -> list[str]:
+        if not has_lock:  # it can't be told who is alive
+            return []
+        swept: list[str] = []
+        with contextlib.suppress(OSError):
+            for name in self.list_names(directory):
+                if is_temporary_name(name) and name not in Temporary.alive:
+                    path = f"{directory}/{name}"
+                    with contextlib.suppress(OSError):
+                        self.delete([path])
+                        swept.append(path)
+        return swept
+
+
+_told: set[str] = set()
+
+
+def _say_that_claims_are_advisory(scheme: str) -> None:
+    if scheme not in _told:
+        _told.add(scheme)
+        log_quietly(
+            logging.INFO,
+            f"{scheme}:// has no conditional writes that can be used here: a second writer is refused, but two that "
+            "start in the same moment may both write for some seconds",
+        )
+
+
+def _is_itself(entry: Mapping[str, Any], place: str) -> bool:
+    """Some list a file as its own directory, or a directory's marker in it."""
+    return bool(entry["name"].strip("/") == place.strip("/"))

@@ -1,0 +1,62 @@
+"""What clients raise, as OSErrors with an errno, and without what they were told."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from asyncckpt.storage.base import ConflictError
+from asyncckpt.storage.fsspec_errors import explained
+
+
+class HttpError(Exception):
+    """As gcsfs has it."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__("canary")
+        self.code = code
+
+
+class ServiceRequestError(Exception):
+    """As azure has it, when nobody is there."""
+
+
+class ClientConnectorError(Exception):
+    """As aiohttp has it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "number"),
+    [
+        (FileNotFoundError("canary"), FileNotFoundError, errno.ENOENT),
+        (HttpError(404), FileNotFoundError, errno.ENOENT),
+        (HttpError(401), PermissionError, errno.EACCES),
+        (HttpError(403), PermissionError, errno.EACCES),
+        (HttpError(412), ConflictError, errno.EEXIST),
+        (HttpError(429), OSError, errno.EIO),
+        (HttpError(503), OSError, errno.EIO),
+        (HttpError(400), OSError, errno.EIO),
+        (OSError(errno.ENOSPC, "canary"), OSError, errno.ENOSPC),
+        (OSError("canary"), OSError, errno.EIO),
+        (TimeoutError("canary"), TimeoutError, errno.ETIMEDOUT),
+        (EOFError("canary"), OSError, errno.ENETDOWN),
+        (ClientConnectorError("canary"), OSError, errno.ENETDOWN),
+        (ServiceRequestError("canary"), OSError, errno.EIO),
+        (ValueError("canary"), OSError, errno.EINVAL),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or repr(value),
+)
+def test_what_errors_mean(error: Exception, kind: type[OSError], number: int) -> None:
+    with pytest.raises(kind) as meant, explained("gs://bucket/run"):
+        raise error
+    assert meant.value.errno == number
+    assert meant.value.filename == "gs://bucket/run"
+    assert "canary" not in str(meant.value)
+    assert meant.value.__cause__ is error
+
+
+def test_what_is_no_error() -> None:
+    """An interrupt goes through as it is."""
+    with pytest.raises(KeyboardInterrupt), explained("gs://bucket/run"):
+        raise KeyboardInterrupt

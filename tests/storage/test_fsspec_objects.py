@@ -1,0 +1,79 @@
+"""Object stores that fsspec opens, by servers that stand in for them: the contract."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from reliability.gates import FULL
+
+from storage.conformance import StorageConformance
+from storage.object_servers import BUCKET, ObjectServer
+
+PIECE_BYTES = 1 << 20
+
+
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # aiohttp's; ignored by default
+class ObjectsConformance(StorageConformance):
+    storage_class = "asyncckpt.storage.fsspec_objects:ObjectStorage"
+    has_directories = False
+    keeps_what_is_read = False
+    shows_what_is_not_committed = False
+    dead_upload_bytes = 2 * PIECE_BYTES + 1
+    options: Mapping[str, Any] = {}
+    server: ObjectServer
+
+    # The store forgets what a dead writer has sent; nobody can see it.
+    test_sweeps_what_a_killed_writer_left = None  # type: ignore[assignment]
+    test_sweeps_only_that_directory = None  # type: ignore[assignment]
+    sees_who_lives = False
+
+    def use(self, server: ObjectServer, **more: Any) -> None:
+        self.options = {
+            "options": server.options,
+            "piece_bytes": PIECE_BYTES,
+            "beat_secs": 0.2,
+            "lease_secs": 1.0,
+            **more,
+        }
+        self.server, self.client = server, server.client()
+
+    @pytest.fixture
+    def place(self) -> str:
+        return f"{self.server.scheme}://{BUCKET}/{secrets.token_hex(4)}"
+
+    def put(self, path: str, content: bytes) -> None:
+        with self.client.open(path, "wb") as file:
+            file.write(content)
+
+    def get(self, path: str) -> bytes | None:
+        try:
+            content: bytes = self.client.cat_file(path)
+        except FileNotFoundError:
+            return None
+        return content
+
+    def list_names(self, directory: str) -> set[str]:
+        try:
+            return {path.rstrip("/").rsplit("/", 1)[1] for path in self.client.ls(directory, detail=False)}
+        except FileNotFoundError:
+            return set()
+
+    def remove(self, path: str) -> None:
+        self.client.rm_file(path)
+
+
+class TestGCS(ObjectsConformance):
+    @pytest.fixture(autouse=True)
+    def use_gcs(self, gcs: ObjectServer) -> None:
+        self.use(gcs)
+
+
+if FULL:  # the same code, by another client and server
+
+    class TestAzure(ObjectsConformance):
+        @pytest.fixture(autouse=True)
+        def use_azure(self, azure: ObjectServer) -> None:
+            self.use(azure, can_copy=False)
