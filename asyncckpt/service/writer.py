@@ -218,7 +218,7 @@ class Writer:
         message = messages.decode_to_writer(body)
         if isinstance(message, Setup):
             step_back(message.nice)
-            self._storage = Places(message.storage_options)
+            self._storage = Places(message.storage_options, never_forks=True)
             self._queue = SaveQueue(
                 self._storage,
                 message.num_workers,

@@ -43,10 +43,14 @@ def full_path(path: str | os.PathLike[str], what: str = "a checkpoint's path") -
 
 
 class Places(Storage):
-    """Every place there is, with one set of `storage_options` for those that a URL names."""
+    """Every place there is, with one set of `storage_options` for those that a URL names.
 
-    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+    `never_forks` says that this process starts no forked children, so that it may use clients that don't survive that.
+    """
+
+    def __init__(self, options: Mapping[str, Any] | None = None, *, never_forks: bool = False) -> None:
         self.options = dict(options or {})
+        self.never_forks = never_forks
         self._lock = threading.Lock()
         self._local = LocalStorage()
         self._by_scheme: dict[str, Storage] = {}
@@ -58,7 +62,7 @@ class Places(Storage):
             return self._local
         with self._lock:
             if scheme not in self._by_scheme:
-                self._by_scheme[scheme] = _MAKERS[scheme](self.options)
+                self._by_scheme[scheme] = _MAKERS[scheme](self)
             return self._by_scheme[scheme]
 
     def begin(self, path: str, num_bytes: int, *, expected: str | None = None) -> Upload:
@@ -102,10 +106,18 @@ class Places(Storage):
         return self.storage_of(directory).sweep(directory, has_lock=has_lock)
 
 
-def _make_s3(options: Mapping[str, Any]) -> Storage:
-    from asyncckpt.storage.s3 import S3Storage
+def _make_s3(places: Places) -> Storage:
+    options = dict(places.options)
+    client = options.pop("client", "s3fs")
+    if client == "s3fs":
+        from asyncckpt.storage.s3 import S3Storage
 
-    return S3Storage(options)
+        return S3Storage(options)
+    if client == "obstore":
+        from asyncckpt.storage.obstore_client import ObstoreStorage
+
+        return ObstoreStorage(options, never_forks=places.never_forks)
+    raise CheckpointError(f"storage_options: the client for s3:// is 's3fs' or 'obstore', not {client!r}")
 
 
-_MAKERS: dict[str, Callable[[Mapping[str, Any]], Storage]] = {"s3": _make_s3}
+_MAKERS: dict[str, Callable[[Places], Storage]] = {"s3": _make_s3}

@@ -143,7 +143,9 @@ def part_bytes(num_bytes: int, least: int = _LEAST_PART_BYTES) -> int:
     return max(least, -(-needed // _MIB) * _MIB)
 
 
-class _S3Upload(Upload):
+class S3Upload(Upload):
+    """What every way of uploading an object shares."""
+
     num_threads = _NUM_THREADS
 
     def __init__(self, requests: S3Requests, path: str, num_bytes: int, piece_bytes: int, expected: str | None) -> None:
@@ -156,6 +158,7 @@ class _S3Upload(Upload):
         self._token = secrets.token_hex(8)
         self._conditions = _conditions(expected)
         self._metadata = {_TOKEN: self._token}
+        self._note = ""
 
     def _send(self, operation: str, **arguments: Any) -> Answer:
         return self._requests.send(operation, self._bucket, Key=self._key, **arguments)
@@ -176,8 +179,26 @@ class _S3Upload(Upload):
     def reader(self) -> None:
         return None
 
+    def _leave_note(self) -> None:
+        """Make the object beside it that tells of an upload in parts, for as long as it lasts."""
+        directory, name = os.path.split(self._path)
+        self._note = temporary_name(self._token, name)
+        self._note_key = split(f"{directory}/{self._note}")[1]
+        _alive.add(self._note)
+        self._requests.send("put_object", self._bucket, Key=self._note_key, Body=memoryview(self._path.encode()))
 
-class _SmallUpload(_S3Upload):
+    def _remove_note(self) -> None:
+        if self._note in _alive:
+            with contextlib.suppress(OSError):
+                self._requests.send("delete_object", self._bucket, Key=self._note_key)
+            self._hand_over_note()
+
+    def _hand_over_note(self) -> None:
+        """To the next sweep."""
+        _alive.discard(self._note)
+
+
+class _SmallUpload(S3Upload):
     """One PUT, at the commit, of what is copied until then."""
 
     def __init__(self, *args: Any) -> None:
@@ -209,20 +230,16 @@ class _SmallUpload(_S3Upload):
         self._contents = bytearray()
 
 
-class _PartsUpload(_S3Upload):
+class _PartsUpload(S3Upload):
     """A multipart upload, with the object beside it that tells of it."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        directory, name = os.path.split(self._path)
-        self._note = temporary_name(self._token, name)
-        self._note_key = split(f"{directory}/{self._note}")[1]
         self._parts: dict[int, tuple[str, int, int]] = {}
         self._upload_id = ""
         self._is_over = False
-        _alive.add(self._note)
         try:
-            self._requests.send("put_object", self._bucket, Key=self._note_key, Body=memoryview(self._path.encode()))
+            self._leave_note()
             self._upload_id = self._send(
                 "create_multipart_upload",
                 Metadata=self._metadata,
@@ -278,7 +295,7 @@ class _PartsUpload(_S3Upload):
         return (self._parts[number] for number in sorted(self._parts))
 
     def close(self) -> None:
-        self._forget()
+        self._remove_note()
 
     def abort(self) -> None:
         if self._upload_id and not self._is_over:
@@ -287,16 +304,10 @@ class _PartsUpload(_S3Upload):
             except UploadGoneError:
                 pass
             except OSError:
-                _alive.discard(self._note)
-                return  # the note stays, for a sweep
+                self._hand_over_note()
+                return
         self._is_over = True
-        self._forget()
-
-    def _forget(self) -> None:
-        if self._note in _alive:
-            with contextlib.suppress(OSError):
-                self._requests.send("delete_object", self._bucket, Key=self._note_key)
-            _alive.discard(self._note)
+        self._remove_note()
 
 
 class S3Reader(Reader):
@@ -323,20 +334,24 @@ class S3Reader(Reader):
 
     def _read_piece(self, offset: int, view: memoryview) -> None:
         try:
-            answer = self._requests.send(
-                "get_object",
-                self._bucket,
-                num_bytes=len(view),
-                Key=self._key,
-                Range=f"bytes={offset}-{offset + len(view) - 1}",
-                IfMatch=self.version,
-            )
+            body = self._get(offset, len(view))
         except (ConflictError, FileNotFoundError) as error:
             raise OSError(errno.ESTALE, "it was replaced or deleted while it was read", self.path) from error
-        body = answer["Body"]
         if len(body) != len(view):
             raise EOFError(f"the file ends at byte {offset + len(body)}")
         view[:] = body
+
+    def _get(self, offset: int, num_bytes: int) -> bytes | memoryview:
+        answer = self._requests.send(
+            "get_object",
+            self._bucket,
+            num_bytes=num_bytes,
+            Key=self._key,
+            Range=f"bytes={offset}-{offset + num_bytes - 1}",
+            IfMatch=self.version,
+        )
+        body: bytes = answer["Body"]
+        return body
 
     def close(self) -> None:
         """Nothing is held."""

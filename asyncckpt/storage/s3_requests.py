@@ -13,13 +13,15 @@ import errno
 import io
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Coroutine, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from asyncckpt.errors import MissingExtraError
 from asyncckpt.storage.base import ConflictError
 
 Answer = dict[str, Any]
+T = TypeVar("T")
 
 _MAX_TRIES = 4
 _FIRST_PAUSE_SECS = 0.2
@@ -36,6 +38,17 @@ _CONFLICT = frozenset({"412", "PreconditionFailed", "ConditionalRequestConflict"
 
 class UploadGoneError(OSError):
     """The store knows no such multipart upload (any more)."""
+
+
+@dataclass(frozen=True, repr=False)
+class Connection:
+    """Where requests go, and with what they are signed at present; no `secret` means that they are not signed."""
+
+    endpoint: str
+    region: str
+    key: str = ""
+    secret: str = ""
+    token: str | None = None
 
 
 class S3Requests:
@@ -73,6 +86,24 @@ class S3Requests:
                 return
             arguments |= {name: page[answer] for name, answer in _NEXT_PAGE.items() if answer in page}
 
+    def connection(self) -> Connection:
+        """For another client to the same store. Blocks: credentials that run out soon are renewed.
+
+        Raises PermissionError, or OSError.
+        """
+        file_system = self._connected()
+
+        async def ask() -> Connection:
+            client = await file_system.set_session()
+            where = (client.meta.endpoint_url, client.meta.region_name)
+            credentials = client._get_credentials()  # None: anonymous
+            if credentials is None:
+                return Connection(*where)
+            frozen = await credentials.get_frozen_credentials()
+            return Connection(*where, frozen.access_key, frozen.secret_key, frozen.token)
+
+        return self._run(file_system.loop, ask(), _LEAST_SECS, "connecting", "")
+
     def _send_once(self, operation: str, bucket: str, num_bytes: int, arguments: Mapping[str, Any]) -> Answer:
         file_system = self._connected()
         secs = _LEAST_SECS + num_bytes / _LEAST_BYTES_PER_SEC
@@ -87,7 +118,13 @@ class S3Requests:
                     answer["Body"] = await stream.read()
             return answer
 
-        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(send(), secs), file_system.loop)
+        return self._run(file_system.loop, send(), secs, operation, bucket)
+
+    def _run(
+        self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], secs: float, operation: str, bucket: str
+    ) -> T:
+        """Run `work` on s3fs's loop, with a deadline and in terms of OSError."""
+        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, secs), loop)
         try:
             return future.result()
         except (TimeoutError, asyncio.TimeoutError) as error:
