@@ -22,6 +22,7 @@ class CompletionProxy:
 
     def __init__(self, server: str, *, holds: bool) -> None:
         place = urlsplit(server)
+        assert place.port is not None
         self._server = (place.hostname, place.port)
         self._holds = holds
         self.has_met = threading.Event()
