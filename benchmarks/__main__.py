@@ -61,7 +61,7 @@ def _measure_remote(options: argparse.Namespace, console: Console) -> None:
     rows = judge_remote(results)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "REMOTE.md").write_text(remote_markdown(results, rows, _command(options)), encoding="utf-8")
-    console.print(_table(rows))
+    console.print(_table(rows, "REMOTE.md"))
 
 
 def measure(options: argparse.Namespace, scratch: Path, tell: Callable[[str], None]) -> Results:
@@ -113,8 +113,8 @@ def _command(options: argparse.Namespace) -> str:
     return f"python -m benchmarks{part}{quick} --gigabytes {options.gigabytes:g} --rounds {options.rounds}"
 
 
-def _table(rows: Sequence[Row]) -> Table:
-    table = Table(title="asyncckpt against its targets", caption="What limits the others is said in RESULTS.md.")
+def _table(rows: Sequence[Row], page: str = "RESULTS.md") -> Table:
+    table = Table(title="asyncckpt against its targets", caption=f"What limits the others is said in {page}.")
     for column in ("what", "target", "measured", ""):
         table.add_column(column)
     for row in rows:

@@ -148,8 +148,8 @@ class Dcp(RemoteMethod):
         self.num_bytes = self._workload.num_bytes
 
     def send(self, url: str) -> None:
-        from torch.distributed.checkpoint.state_dict_saver import save
         from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
 
         save(self._workload.state(), storage_writer=FsspecWriter(url, **self.options), no_dist=True)
 
