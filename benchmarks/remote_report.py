@@ -59,10 +59,11 @@ def _head(results: RemoteResults, command: str) -> Iterator[str]:
     yield f"""# Benchmark results: uploading to S3
 
 Written by `{command}`.
-A state of {results.num_bytes / 1e6:.0f} MB goes to an S3 server on the same machine: SeaweedFS, and one that throws everything away, for the ceiling of the clients. Every method has a process of its own; within a
-round each uploads once, in turn. Ratios are taken within a round and given as their median, with the range in brackets;
-warm rounds: {results.num_rounds}. *Busy*: beside a training thread that never lets go of the GIL by itself. *Memory*:
-anonymous memory of trainer and writer process at its peak beyond what they had before, without the snapshot.
+A state of {results.num_bytes / 1e6:.0f} MB goes to an S3 server on the same machine: SeaweedFS, and one that throws
+everything away, for the ceiling of the clients. Every method has a process of its own; within a round each uploads
+once, in turn. Ratios are taken within a round and given as their median, with the range in brackets; warm rounds:
+{results.num_rounds}. *Busy*: beside a training thread that never lets go of the GIL by itself. *Memory*: anonymous
+memory of trainer and writer process at its peak beyond what they had before, without the snapshot.
 """
     yield from table(("machine", ""), ([key, value] for key, value in results.machine.items()))
 

@@ -15,7 +15,7 @@ _READ_BYTES = 1 << 16
 
 
 class CompletionProxy:
-    """Passes everything on, but holds the first completion (`holds`), or loses the answer to it.
+    """Passes everything on, but holds completions (`holds`), or loses the answers to them, to those sent again too.
 
     `has_met` is set once that has happened. HTTP heads are taken to come in one piece, as they do here.
     """
@@ -55,7 +55,7 @@ class CompletionProxy:
     def _pass(self, source: socket.socket, target: socket.socket, up: bool, loses: threading.Event) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(_READ_BYTES):
-                if up and not self.has_met.is_set() and _COMPLETION.search(data):
+                if up and _COMPLETION.search(data):
                     loses.set()
                     self.has_met.set()
                     if self._holds:
