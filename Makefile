@@ -18,8 +18,9 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/installed  ## side by side with torch.save and DCP; writes benchmarks/RESULTS.md
+bench: .venv/installed  ## side by side with torch.save, DCP, s3fs and obstore; writes benchmarks/RESULTS.md and REMOTE.md
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --part remote
 
 clean:
 	rm -rf .venv build dist

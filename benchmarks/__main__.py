@@ -17,6 +17,8 @@ from benchmarks.loading import measure_loading
 from benchmarks.machine import describe
 from benchmarks.memory import measure_memory
 from benchmarks.plot import plot
+from benchmarks.remote import measure_remote
+from benchmarks.remote_report import judge_remote, remote_markdown
 from benchmarks.report import PLOT_NAME, markdown
 from benchmarks.saving import measure_saving
 from benchmarks.startup import measure_imports, measure_planning, measure_writer
@@ -32,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     console = Console()
     started = time.perf_counter()
+    if options.part == "remote":
+        _measure_remote(options, console)
+        return 0
     try:
         # In the given directory's file system, never in the system's temporary one, which may be memory.
         scratch = tempfile.TemporaryDirectory(prefix="asyncckpt-benchmark-", dir=options.directory)
@@ -47,6 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(_table(rows))
     console.print(f"{time.perf_counter() - started:.0f} s; all that was written read back right.")
     return 0
+
+
+def _measure_remote(options: argparse.Namespace, console: Console) -> None:
+    scratch = tempfile.TemporaryDirectory(prefix="asyncckpt-benchmark-", dir=options.directory)
+    with scratch as name, console.status("measuring") as status:
+        results = measure_remote(int(options.gigabytes * 1e9), options.rounds, Path(name).resolve(), status.update)
+    rows = judge_remote(results)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "REMOTE.md").write_text(remote_markdown(results, rows, _command(options)), encoding="utf-8")
+    console.print(_table(rows, "REMOTE.md"))
 
 
 def measure(options: argparse.Namespace, scratch: Path, tell: Callable[[str], None]) -> Results:
@@ -72,7 +87,10 @@ def measure(options: argparse.Namespace, scratch: Path, tell: Callable[[str], No
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure asyncckpt beside its peers.")
-    parser.add_argument("--gigabytes", type=float, help="size of the state (default: 1)")
+    parser.add_argument(
+        "--part", choices=("local", "remote"), default="local", help="disk, or uploads to S3, for REMOTE.md"
+    )
+    parser.add_argument("--gigabytes", type=float, help="size of the state (default: 1, for uploads 0.25)")
     parser.add_argument("--rounds", type=int, help="warm rounds, after the cold one (default: 5)")
     parser.add_argument("--directory", type=Path, default=Path(), help="where to write checkpoints (default: here)")
     parser.add_argument(
@@ -81,7 +99,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a tiny state and one round: does everything work?")
     options = parser.parse_args(arguments)
     if options.gigabytes is None:
-        options.gigabytes = 0.02 if options.quick else 1.0
+        options.gigabytes = 0.02 if options.quick else 0.25 if options.part == "remote" else 1.0
     if options.rounds is None:
         options.rounds = 1 if options.quick else 5
     if options.gigabytes <= 0 or options.rounds < 1:
@@ -91,11 +109,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _command(options: argparse.Namespace) -> str:
     quick = " --quick" if options.quick else ""
-    return f"python -m benchmarks{quick} --gigabytes {options.gigabytes:g} --rounds {options.rounds}"
+    part = "" if options.part == "local" else f" --part {options.part}"
+    return f"python -m benchmarks{part}{quick} --gigabytes {options.gigabytes:g} --rounds {options.rounds}"
 
 
-def _table(rows: Sequence[Row]) -> Table:
-    table = Table(title="asyncckpt against its targets", caption="What limits the others is said in RESULTS.md.")
+def _table(rows: Sequence[Row], page: str = "RESULTS.md") -> Table:
+    table = Table(title="asyncckpt against its targets", caption=f"What limits the others is said in {page}.")
     for column in ("what", "target", "measured", ""):
         table.add_column(column)
     for row in rows:

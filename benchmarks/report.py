@@ -39,13 +39,13 @@ compared, bit for bit, with the state at the time of the save, and the state cha
 means that data and directory entry are on disk (fsync). All methods share one process, as they would share a
 trainer's: memory that a method has freed stays warm in the C allocator for the next one that clones.
 """
-    yield from _table(("machine", ""), ([key, value] for key, value in results.machine.items()))
+    yield from table(("machine", ""), ([key, value] for key, value in results.machine.items()))
 
 
 def _targets(rows: Sequence[Row]) -> Iterator[str]:
     yield "## Targets\n"
     header = ("what", "target", "measured", "", "what limits it")
-    yield from _table(header, ([row.what, row.target, row.measured, VERDICTS[row.met], row.why] for row in rows))
+    yield from table(header, ([row.what, row.target, row.measured, VERDICTS[row.met], row.why] for row in rows))
 
 
 def _saving(results: Results) -> Iterator[str]:
@@ -55,9 +55,9 @@ def _saving(results: Results) -> Iterator[str]:
 
 ![Time that training waits and time until durable, by method]({PLOT_NAME})
 
-Copying the state's bytes from one warm tensor to another: {_spread(saving.memory_copy)} s
+Copying the state's bytes from one warm tensor to another: {spread(saving.memory_copy)} s
 ({gigabytes / saving.memory_copy.median:.1f} GB/s). Writing them past the page cache (`O_DIRECT`, 8 MiB chunks, the
-better of 1 and 4 threads, allocated before, file and directory synced): {_spread(saving.raw_write)} s
+better of 1 and 4 threads, allocated before, file and directory synced): {spread(saving.raw_write)} s
 ({gigabytes / saving.raw_write.median:.2f} GB/s).
 """
     header = (
@@ -71,14 +71,14 @@ better of 1 and 4 threads, allocated before, file and directory synced): {_sprea
             [
                 times.name,
                 f"{times.blocked.first:.3f}",
-                _spread(times.blocked),
+                spread(times.blocked),
                 f"{times.durable.first:.2f}",
-                _spread(times.durable),
+                spread(times.durable),
                 f"{use.peak:.2f} x state",
                 f"{use.after_close:.2f} x",
             ]
         )
-    yield from _table(header, rows)
+    yield from table(header, rows)
     yield from _timings(results)
     yield "What was measured:\n"
     for times in saving.methods.values():
@@ -95,7 +95,7 @@ def _timings(results: Results) -> Iterator[str]:
         if times.timings:
             parts = (times.part(name) for name in names)
             rows.append([times.name, *(ms(part.median) for part in parts)])
-    yield from _table(("method", *names), rows)
+    yield from table(("method", *names), rows)
 
 
 def _training(results: Results) -> Iterator[str]:
@@ -115,10 +115,10 @@ process has its own.
 
 def _slowdowns(compared: Iterable[SlowdownResults]) -> Iterator[str]:
     header = ("method", "step in the window", "lost per save, s", "stall, s", "window, s")
-    yield from _table(
+    yield from table(
         header,
         (
-            [found.name, f"{ratio(found.ratio)} x", *(_spread(s) for s in (found.lost, found.blocked, found.writing))]
+            [found.name, f"{ratio(found.ratio)} x", *(spread(s) for s in (found.lost, found.blocked, found.writing))]
             for found in compared
         ),
     )
@@ -131,14 +131,14 @@ def _loading(results: Results) -> Iterator[str]:
 From the file to the end of the first optimizer step, seconds. *asyncckpt*: every byte verified, mapped, copied into
 model and optimizer. *torch.load*: `weights_only=True`, not mapped, then `load_state_dict`; nothing is verified.
 """
-    rows = [[cache, _spread(loading.asyncckpt[cache]), _spread(loading.torch[cache])] for cache in ("warm", "cold")]
-    yield from _table(("page cache", "asyncckpt", "torch.load"), rows)
+    rows = [[cache, spread(loading.asyncckpt[cache]), spread(loading.torch[cache])] for cache in ("warm", "cold")]
+    yield from table(("page cache", "asyncckpt", "torch.load"), rows)
 
 
 def _startup(results: Results) -> Iterator[str]:
     yield "## Planning and importing\n"
     header = ("tensors", "plan", "torch.save into memory", "plan / torch.save")
-    yield from _table(
+    yield from table(
         header,
         (
             [f"{size.num_tensors:,}", ms(size.plan.median), ms(size.torch_save.median), ratio(size.share)]
@@ -155,7 +155,7 @@ def _startup(results: Results) -> Iterator[str]:
         yield f"A writer process is ready after {ms(writer.ready.median)}, and has {own} of its own.\n"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     yield f"| {' | '.join(header)} |"
     yield "|" + "---|" * len(header)
     for row in rows:
@@ -163,6 +163,8 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str
     yield ""
 
 
-def _spread(samples: Samples) -> str:
-    digits = 2 if samples.median >= 1 else 3
-    return f"{samples.median:.{digits}f} ({samples.least:.{digits}f} to {samples.most:.{digits}f})"
+def spread(samples: Samples, unit: float = 1.0) -> str:
+    """Median and range, times `unit`."""
+    median, least, most = samples.median * unit, samples.least * unit, samples.most * unit
+    digits = 0 if median >= 100 else 2 if median >= 1 else 3
+    return f"{median:.{digits}f} ({least:.{digits}f} to {most:.{digits}f})"

@@ -225,7 +225,7 @@ class Writer:
         message = messages.decode_to_writer(body)
         if isinstance(message, Setup):
             step_back(message.nice)
-            self._storage = Places(message.storage_options, message.journals)
+            self._storage = Places(message.storage_options, message.journals, never_forks=True)
             self._queue = SaveQueue(
                 self._storage,
                 message.num_workers,

@@ -48,12 +48,16 @@ def full_path(path: str | os.PathLike[str], what: str = "a checkpoint's path") -
 class Places(Storage):
     """Every place there is, with one set of `storage_options` for those that a URL names.
 
-    `journals` is a directory of this machine, where uploads note how far they are; nobody else's.
+    `journals` is a directory of this machine, where uploads note how far they are; nobody else's. `never_forks` says
+    that this process starts no forked children, so that it may use clients that don't survive that.
     """
 
-    def __init__(self, options: Mapping[str, Any] | None = None, journals: str | None = None) -> None:
+    def __init__(
+        self, options: Mapping[str, Any] | None = None, journals: str | None = None, *, never_forks: bool = False
+    ) -> None:
         self.options = dict(options or {})
         self.journals = journals
+        self.never_forks = never_forks
         self._lock = threading.Lock()
         self._local = LocalStorage()
         self._by_scheme: dict[str, Storage] = {}
@@ -125,9 +129,17 @@ class Places(Storage):
 
 
 def _make_s3(places: Places) -> Storage:
-    from asyncckpt.storage.s3 import S3Storage
+    options = dict(places.options)
+    client = options.pop("client", "s3fs")
+    if client == "s3fs":
+        from asyncckpt.storage.s3 import S3Storage
 
-    return S3Storage(places.options, journals=places.journals)
+        return S3Storage(options, journals=places.journals)
+    if client == "obstore":
+        from asyncckpt.storage.obstore_client import ObstoreStorage
+
+        return ObstoreStorage(options, journals=places.journals, never_forks=places.never_forks)
+    raise CheckpointError(f"storage_options: the client for s3:// is 's3fs' or 'obstore', not {client!r}")
 
 
 _MAKERS: dict[str, Callable[[Places], Storage]] = {"s3": _make_s3}

@@ -156,7 +156,9 @@ def part_bytes(num_bytes: int, least: int = _LEAST_PART_BYTES) -> int:
     return max(least, -(-needed // _MIB) * _MIB)
 
 
-class _S3Upload(Upload):
+class S3Upload(Upload):
+    """What every way of uploading an object shares."""
+
     num_threads = _NUM_THREADS
 
     def __init__(self, requests: S3Requests, path: str, num_bytes: int, piece_bytes: int, expected: str | None) -> None:
@@ -204,7 +206,7 @@ class _S3Upload(Upload):
         return None
 
 
-class _SmallUpload(_S3Upload):
+class _SmallUpload(S3Upload):
     """One PUT, at the commit, of what is copied until then."""
 
     def __init__(self, *args: Any) -> None:
@@ -234,7 +236,7 @@ class _SmallUpload(_S3Upload):
         self._contents = bytearray()
 
 
-class _PartsUpload(_S3Upload):
+class _PartsUpload(S3Upload):
     """A multipart upload, whose parts are the pieces, with a journal of them."""
 
     def __init__(
@@ -263,14 +265,15 @@ class _PartsUpload(_S3Upload):
             ChecksumType="FULL_OBJECT",
         )
         self._journal = journals.begin(
-            UploadRecord(self._path, multipart.id, self._token, multipart.note, self._num_bytes, self.piece_bytes)
+            UploadRecord(self._path, multipart.id, self._token, multipart.note.name, self._num_bytes, self.piece_bytes)
         )
         return multipart
 
     def _go_on(self, journal: Journal) -> _Multipart | None:
         """With an upload that a process of ours has left; None when the store knows it no more."""
         left = journal.upload
-        multipart = _Multipart(self._requests, self._path, left.note, left.upload_id)
+        note = Note(self._requests, self._path, left.note)
+        multipart = _Multipart(self._requests, self._path, note, left.upload_id)
         there: dict[int, tuple[str, int]] = {}
         try:
             for page in multipart.pages("list_parts"):
@@ -341,27 +344,57 @@ def _is_same(part: Part, crc: int, view: memoryview) -> bool:
     return not _MD5.fullmatch(tag) or hashlib.md5(view, usedforsecurity=False).hexdigest() == tag
 
 
+class Note:
+    """The object beside an upload in parts that tells of it, for as long as it lasts; `name` is a temporary one."""
+
+    def __init__(self, requests: S3Requests, path: str, name: str) -> None:
+        self.name = name
+        self._requests = requests
+        self._path = path
+        self._bucket, self._key = split(f"{os.path.dirname(path)}/{name}")
+        _alive.add(name)
+
+    @classmethod
+    def of(cls, requests: S3Requests, path: str, token: str) -> Note:
+        """One for an upload that begins."""
+        return cls(requests, path, temporary_name(token, os.path.basename(path)))
+
+    def leave(self) -> None:
+        """Make it."""
+        contents = memoryview(self._path.encode())
+        self._requests.send("put_object", self._bucket, Key=self._key, Body=contents)
+
+    def remove(self) -> None:
+        """The upload is over. Safe to call twice."""
+        if self.name in _alive:
+            with contextlib.suppress(OSError):
+                self._requests.send("delete_object", self._bucket, Key=self._key)
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        """To the next sweep: something of the upload may be left."""
+        _alive.discard(self.name)
+
+
 class _Multipart:
-    """A multipart upload of the store's, with the object beside it, its note, that tells of it until `forget`.
+    """A multipart upload of the store's, with its note.
 
     Where the store may have begun one of which we know nothing, or ours can't be aborted, the note stays, for a sweep.
     """
 
-    def __init__(self, requests: S3Requests, path: str, note: str, upload_id: str) -> None:
+    def __init__(self, requests: S3Requests, path: str, note: Note, upload_id: str) -> None:
         self.note, self.id = note, upload_id
         self.is_over = False
         self._requests = requests
         self._bucket, self._key = split(path)
-        self._note_key = split(f"{os.path.dirname(path)}/{note}")[1]
         self._leaves_nothing = True
-        _alive.add(note)
 
     @classmethod
     def begun(cls, requests: S3Requests, path: str, token: str, **arguments: Any) -> _Multipart:
         """A new one, its note first."""
-        upload = cls(requests, path, temporary_name(token, os.path.basename(path)), "")
+        upload = cls(requests, path, Note.of(requests, path, token), "")
         try:
-            requests.send("put_object", upload._bucket, Key=upload._note_key, Body=memoryview(path.encode()))
+            upload.note.leave()
             answer = requests.send(
                 "create_multipart_upload", upload._bucket, Key=upload._key, note_failure=upload._leave, **arguments
             )
@@ -397,11 +430,11 @@ class _Multipart:
         self.forget()
 
     def forget(self) -> None:
-        if self.note in _alive:
-            if self._leaves_nothing:
-                with contextlib.suppress(OSError):
-                    self._requests.send("delete_object", self._bucket, Key=self._note_key)
-            _alive.discard(self.note)
+        """It is over, and nothing of it is left, if that is known."""
+        if self._leaves_nothing:
+            self.note.remove()
+        else:
+            self.note.hand_over()
 
 
 class S3Reader(Reader):
@@ -428,20 +461,24 @@ class S3Reader(Reader):
 
     def _read_piece(self, offset: int, view: memoryview) -> None:
         try:
-            answer = self._requests.send(
-                "get_object",
-                self._bucket,
-                num_bytes=len(view),
-                Key=self._key,
-                Range=f"bytes={offset}-{offset + len(view) - 1}",
-                IfMatch=self.version,
-            )
+            body = self._get(offset, len(view))
         except (ConflictError, FileNotFoundError) as error:
             raise OSError(errno.ESTALE, "it was replaced or deleted while it was read", self.path) from error
-        body = answer["Body"]
         if len(body) != len(view):
             raise EOFError(f"the file ends at byte {offset + len(body)}")
         view[:] = body
+
+    def _get(self, offset: int, num_bytes: int) -> bytes | memoryview:
+        answer = self._requests.send(
+            "get_object",
+            self._bucket,
+            num_bytes=num_bytes,
+            Key=self._key,
+            Range=f"bytes={offset}-{offset + num_bytes - 1}",
+            IfMatch=self.version,
+        )
+        body: bytes = answer["Body"]
+        return body
 
     def close(self) -> None:
         """Nothing is held."""

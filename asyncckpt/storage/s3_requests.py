@@ -14,9 +14,10 @@ import errno
 import io
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from asyncckpt.errors import CheckpointError, MissingExtraError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
 
 Answer = dict[str, Any]
+T = TypeVar("T")
 
 _MAX_TRIES = 6
 _MAX_TRIES_TO_CONNECT = 3
@@ -60,6 +62,17 @@ _WRONG_REGION = frozenset({"301", "PermanentRedirect", "AuthorizationHeaderMalfo
 
 class UploadGoneError(OSError):
     """The store knows no such multipart upload (any more)."""
+
+
+@dataclass(frozen=True, repr=False)
+class Connection:
+    """Where requests go, and with what they are signed at present; no `secret` means that they are not signed."""
+
+    endpoint: str
+    region: str
+    key: str = ""
+    secret: str = ""
+    token: str | None = None
 
 
 class S3Requests:
@@ -133,6 +146,24 @@ class S3Requests:
                 error.filename = url
                 raise error from None
 
+    def connection(self) -> Connection:
+        """For another client to the same store. Blocks: credentials that run out soon are renewed.
+
+        Raises PermissionError, or OSError.
+        """
+        file_system = self._connected()
+
+        async def ask() -> Connection:
+            client = await file_system.set_session()
+            where = (client.meta.endpoint_url, client.meta.region_name)
+            credentials = client._get_credentials()  # None: anonymous
+            if credentials is None:
+                return Connection(*where)
+            frozen = await credentials.get_frozen_credentials()
+            return Connection(*where, frozen.access_key, frozen.secret_key, frozen.token)
+
+        return self._run(file_system.loop, ask(), _LEAST_SECS, "connecting", "")
+
     def _send_once(self, operation: str, bucket: str, num_bytes: int, arguments: Mapping[str, Any]) -> Answer:
         file_system = self._connected()
         secs = _LEAST_SECS + num_bytes / _LEAST_BYTES_PER_SEC
@@ -147,7 +178,13 @@ class S3Requests:
                     answer["Body"] = await stream.read()
             return answer
 
-        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(send(), secs), file_system.loop)
+        return self._run(file_system.loop, send(), secs, operation, bucket)
+
+    def _run(
+        self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], secs: float, operation: str, bucket: str
+    ) -> T:
+        """Run `work` on s3fs's loop, with a deadline and in terms of OSError."""
+        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, secs), loop)
         try:
             return future.result()
         except (TimeoutError, asyncio.TimeoutError) as error:

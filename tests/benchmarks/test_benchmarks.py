@@ -15,12 +15,16 @@ import torch
 from asyncckpt import CorruptCheckpointError
 from benchmarks import __main__ as command
 from benchmarks.methods import MAKERS, AsyncckptCopy, Method, TorchSave
+from benchmarks.remote import RemoteResults, Uploads, measure_remote
+from benchmarks.remote_methods import REMOTE_METHODS
+from benchmarks.remote_report import judge_remote, remote_markdown
 from benchmarks.samples import Samples
 from benchmarks.saving import measure_saving
 from benchmarks.workload import Expected, Workload, WrongBytesError
 
 _ROOT = Path(__file__).resolve().parents[2]
 _TINY_BYTES = 1_000_000
+_LARGE_UPLOAD_BYTES = 20_000_000  # in parts, and for obstore
 
 
 @pytest.mark.slow  # twelve processes that import torch
@@ -113,3 +117,37 @@ def test_ratios_are_taken_within_a_round() -> None:
     """Both slower in the second warm round: the ratio is the same; the cold round stays out."""
     ratio = Samples([9.0, 2.0, 20.0]).over(Samples([1.0, 1.0, 10.0]))
     assert (ratio.first, ratio.median, ratio.least, ratio.most) == (9.0, 2.0, 2.0, 2.0)
+
+
+def test_uploads_are_measured(tmp_path: Path) -> None:
+    """One method, its writer process and all, against the server that throws everything away."""
+    results = measure_remote(
+        _LARGE_UPLOAD_BYTES, 1, tmp_path, lambda what: None, servers=["discarding"], methods=["obstore"]
+    )
+    assert set(results.uploads) == {("discarding", condition, "obstore") for condition in ("quiet", "busy")}
+    for found in results.uploads.values():
+        for samples in (found.speed, found.processor_secs, found.slowdown, found.memory):
+            assert len(samples.all) == 2
+        assert min(found.speed.all) > 0
+
+
+def test_uploads_are_held_against_their_targets() -> None:
+    """Ratios within a round decide; every method is in its server's table."""
+    speeds = {"s3fs": 300.0, "obstore": 960.0, "pipe": 99.0, "put": 99.0, "raw": 1000.0, "dcp": 50.0}
+    uploads = {
+        ("SeaweedFS", condition, key): Uploads(
+            Samples([speed * 2**20]), Samples([1.0]), Samples([0.2 if key == "s3fs" else 0.05]), Samples([1.0])
+        )
+        for condition in ("quiet", "busy")
+        for key, speed in speeds.items()
+    }
+    results = RemoteResults({"cores": "2"}, 10**9, 1, uploads)
+    rows = judge_remote(results)
+    assert [(row.measured.split()[0], row.met) for row in rows] == [
+        *(("0.96", True), ("3.03", True)),
+        *(("0.20", False), ("0.05", True)),
+    ]
+    page = remote_markdown(results, rows, "the command")
+    for method in REMOTE_METHODS.values():
+        assert page.count(f"| {method.name} | ") == 1
+    assert "| asyncckpt, client='obstore' | 960 (960 to 960) | 1.00 | 0.05 |" in page

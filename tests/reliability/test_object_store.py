@@ -58,7 +58,7 @@ def storage_at(endpoint: str) -> S3Storage:
 
 def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small parts, short leases, deadlines and pauses."""
-    monkeypatch.setitem(places._MAKERS, "s3", lambda options: storage_at(options["endpoint_url"]))
+    monkeypatch.setitem(places._MAKERS, "s3", lambda made: storage_at(made.options["endpoint_url"]))
     monkeypatch.setattr(s3_requests, "_LEAST_SECS", 1.0)
     monkeypatch.setattr(s3_requests, "_MAX_TRIES", 4)
     monkeypatch.setattr(s3_requests, "_LEAST_BYTES_PER_SEC", PART_BYTES)
