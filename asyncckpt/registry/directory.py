@@ -19,6 +19,7 @@ from pathlib import Path
 
 from asyncckpt.errors import (
     CheckpointError,
+    CheckpointNotFoundError,
     CheckpointWriteError,
     CorruptCheckpointError,
     RegistryError,
@@ -412,14 +413,15 @@ class CheckpointDirectory:
     # --- writing ---
 
     def reserve(self, info: CheckpointInfo) -> Listing:
-        """Give a checkpoint that is about to be written its sequence number, and a name that nobody else's file has.
+        """Give a checkpoint that is about to be written its sequence number, and a name that no other's file has.
 
         Does not block: it goes by the last `look`.
         """
         registry = self._own_registry()
+        pinned = {str(entry.filepath) for entry in registry.checkpoints if entry.pinned}
         ours = {str(entry.filepath) for entry in registry.checkpoints}
         ours |= {drop.name for drop in registry.pending_deletes} | self._reserved
-        taken = self._strangers | (self._names - ours)
+        taken = self._strangers | pinned | (self._names - ours)
         name = str(info.filepath)
         number = 2
         while name in taken:
@@ -514,6 +516,35 @@ class CheckpointDirectory:
             self._link_best()
             self._registry = self._delete(self._own_registry(), pruned.pending_deletes)
         return dropped
+
+    def pin(self, step: int) -> list[CheckpointInfo]:
+        """Keep the newest checkpoint of a step whatever retention says; in a list, as it is listed from now on.
+
+        Blocks; durable on return. Raises `CheckpointNotFoundError` when there is none, and as `open_for_writing` does.
+        """
+        return self._set_pins(step, is_pinned=True)
+
+    def unpin(self, step: int) -> list[CheckpointInfo]:
+        """Leave all checkpoints of a step to retention again; those that were pinned. As `pin`."""
+        return self._set_pins(step, is_pinned=False)
+
+    def _set_pins(self, step: int, *, is_pinned: bool) -> list[CheckpointInfo]:
+        self.open_for_writing()
+        with self._writing, _explained(f"no pin of {self.path} was changed"):
+            self.generation = next(_generations)
+            registry = self._own_registry().with_damaged(self._damaged)
+            infos = [info for info in registry.checkpoints if info.global_step == step]
+            if not infos:
+                steps = ", ".join(str(info.global_step) for info in registry.checkpoints) or "none"
+                raise CheckpointNotFoundError(f"{self.path} has no checkpoint of step {step}; it has {steps}")
+            whole = [info for info in infos if not info.damaged]
+            chosen = (whole or infos)[-1:] if is_pinned else infos
+            changed = [replace(info, pinned=is_pinned) for info in chosen if info.pinned != is_pinned]
+            for info in changed:
+                registry = registry.with_pin(info, is_pinned=is_pinned)
+            if changed:
+                self._write(registry)
+        return [replace(info, pinned=is_pinned) for info in chosen] if is_pinned else changed
 
     def _own_registry(self) -> Registry:
         if self._registry is None:
