@@ -14,7 +14,7 @@ import torch
 from asyncckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
 from asyncckpt.image.file import file_path, open_to_load
 from asyncckpt.image.verify import read_archive, read_metadata
-from asyncckpt.storage.places import Places
+from asyncckpt.storage.base import Storage
 
 KeyPath = tuple[object, ...]
 
@@ -39,14 +39,14 @@ class MappedCheckpoint:
     leaves: Mapping[KeyPath, object]
 
 
-def load_mapped(path: str) -> MappedCheckpoint:
+def load_mapped(storage: Storage, path: str) -> MappedCheckpoint:
     """Open a file of asyncckpt or torch.save without reading its tensors, and without running anything in it.
 
     Checksums are not looked at. Raises `CheckpointNotFoundError`, `CorruptCheckpointError`, `UnsafeCheckpointError`,
     and OSError when the file can't be read.
     """
     name = file_path(path)
-    with open_to_load(Places(), name) as reader:
+    with open_to_load(storage, name) as reader:
         try:
             read_archive(reader)  # torch believes whatever the directory says about places
         except CorruptCheckpointError as error:

@@ -11,7 +11,7 @@ from asyncckpt.storage.base import Reader
 from asyncckpt.storage.local import LocalReader
 
 _PIECE_BYTES = 8 << 20
-_NUM_THREADS = 16  # most of them wait for the network
+NUM_FETCHING_THREADS = 16  # most of them wait for the network
 
 
 def fetch(reader: Reader) -> LocalReader:
@@ -46,7 +46,7 @@ def _fill(fd: int, reader: Reader) -> None:
         def read(offset: int) -> None:
             reader.read_into(offset, arena.buffer[offset : min(offset + _PIECE_BYTES, reader.num_bytes)])
 
-        with ThreadPoolExecutor(_NUM_THREADS, "asyncckpt-fetch") as threads:
+        with ThreadPoolExecutor(NUM_FETCHING_THREADS, "asyncckpt-fetch") as threads:
             for _ in threads.map(read, range(0, reader.num_bytes, _PIECE_BYTES)):
                 pass
     finally:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
-from asyncckpt.image.fetch import fetch
+from asyncckpt.image.fetch import NUM_FETCHING_THREADS, fetch
 from asyncckpt.image.verify import default_num_threads, verify_reader
 from asyncckpt.records import VerifyReport
 from asyncckpt.storage.base import Reader, Storage
@@ -35,7 +35,12 @@ def verify_listed(storage: Storage, path: str) -> VerifyReport:
 
 def _verify(storage: Storage, path: str, *, follow_links: bool) -> VerifyReport:
     with open_checkpoint(storage, path, follow_links=follow_links) as reader:
-        return verify_reader(reader, path, num_threads=default_num_threads())
+        return verify_reader(reader, path, num_threads=num_reading_threads(reader))
+
+
+def num_reading_threads(reader: Reader) -> int:
+    """How many may usefully read the file side by side: most of them wait for the network where there is one."""
+    return default_num_threads() if isinstance(reader, LocalReader) else NUM_FETCHING_THREADS
 
 
 def file_path(path: str | os.PathLike[str]) -> str:

@@ -146,7 +146,7 @@ class KeepEvery(RetentionPolicy):
 
 
 def retained(policy: RetentionPolicy, checkpoints: Sequence[CheckpointInfo]) -> frozenset[int]:
-    """What a directory keeps, by sequence numbers: the policy's choice, the newest, the best, protected and pinned ones.
+    """The sequence numbers that a directory keeps: the policy's, the newest, the best, protected and pinned ones.
 
     Damaged ones take nobody's place: the policy chooses among the others, and they go when all that is older, and not
     pinned, has gone.

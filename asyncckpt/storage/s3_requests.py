@@ -147,6 +147,15 @@ def checksum_text(crc: int) -> str:
     return base64.b64encode(crc.to_bytes(4, "big")).decode()
 
 
+def checksum_of(text: str) -> int | None:
+    """The CRC32 that a header holds; None for one of parts only (`…-3`), and for none at all."""
+    try:
+        crc = base64.b64decode(text, validate=True)
+    except ValueError:
+        return None
+    return int.from_bytes(crc, "big") if len(crc) == 4 else None
+
+
 def explained(error: Exception, operation: str, bucket: str) -> OSError:
     """What an error of the client means, as an OSError with an errno; without the request, which holds secrets."""
     cause: BaseException | None = error

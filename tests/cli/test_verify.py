@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from asyncckpt.cli import upkeep, verification
+from asyncckpt.cli import upkeep
+from asyncckpt.cli.verification import Verifier
 from asyncckpt.naming import BEST_NAME, REGISTRY_NAME
 from asyncckpt.registry.retention import KeepLast
-from asyncckpt.storage.local import LocalReader
+from asyncckpt.storage.local import LocalReader, LocalStorage
 from cli.directories import BEST, files
 from cli.running import error_of, run, run_json
 
@@ -105,13 +106,13 @@ def test_what_can_not_be_read_is_a_problem_of_that_file_only(directory: Path, mo
 
 def test_a_file_that_training_deletes_meanwhile_is_no_damage(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was listed when the command started, and dropped by retention before its turn came."""
-    size_of = verification._size_of
+    size_of = Verifier.size_of
 
-    def prune_then_size(path: str) -> int:
-        upkeep.prune(str(directory), KeepLast(1), dry_run=False)
-        return size_of(path)
+    def prune_then_size(self: Verifier, path: str) -> int:
+        upkeep.prune(LocalStorage(), str(directory), KeepLast(1), dry_run=False)
+        return size_of(self, path)
 
-    monkeypatch.setattr(verification, "_size_of", prune_then_size)
+    monkeypatch.setattr(Verifier, "size_of", prune_then_size)
     verified = run_json("verify", directory)
     assert [os.path.basename(file["path"]) for file in verified["files"]] == [path.name for path in files(directory)]
     assert len(verified["files"]) == 2
