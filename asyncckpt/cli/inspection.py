@@ -55,7 +55,7 @@ class Inspected:
 
 def gather(storage: Storage, path: str) -> Inspected:
     """Open the file; raises as `load_mapped` does."""
-    checkpoint = load_mapped(storage, path)
+    checkpoint = load_mapped(storage, path, reads_tensors=False)
     tensors: list[TensorRow] = []
     entries: list[EntryRow] = []
     storages: dict[int, int] = {}

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 
-from asyncckpt.cli.output import clean, format_bytes, format_count, progress_bar
+from asyncckpt.cli.output import clean, format_bytes, format_count
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from asyncckpt.image.file import file_path, num_reading_threads, open_checkpoint
 from asyncckpt.image.verify import read_archive, verify_reader
 from asyncckpt.image.whole_checksum import whole_checksum
 from asyncckpt.naming import BEST_NAME, REGISTRY_NAME, is_checkpoint_name
 from asyncckpt.paths import scheme_of
+from asyncckpt.progress import Advance, CountingReader, progress_bar
 from asyncckpt.registry.recovery import read_registry
 from asyncckpt.storage import system_calls
 from asyncckpt.storage.base import Reader, Storage
-
-Advance = Callable[[int], None]
 
 READ, STORED = "read", "checksum of the store"
 
@@ -65,7 +64,7 @@ class Verifier:
                 if self._is_quick and (verified := _verify_by_store(reader, path)) is not None:
                     advance(reader.num_bytes)
                     return verified
-                counting = _CountingReader(reader, advance)
+                counting = CountingReader(reader, advance)
                 report = verify_reader(counting, path, num_threads=num_reading_threads(reader))
         except CorruptCheckpointError as error:  # a directory or a device of that name
             return _damaged(path, str(error))
@@ -193,19 +192,3 @@ def _without_second_names(paths: Sequence[str]) -> list[str]:
         except OSError:
             kept[path] = path
     return list(kept.values())
-
-
-class _CountingReader(Reader):
-    """Tells how many bytes were read."""
-
-    def __init__(self, reader: Reader, advance: Advance) -> None:
-        self._reader = reader
-        self._advance = advance
-        self.num_bytes = reader.num_bytes
-
-    def read_into(self, offset: int, view: memoryview) -> None:
-        self._reader.read_into(offset, view)
-        self._advance(len(view))
-
-    def close(self) -> None:
-        self._reader.close()

@@ -19,7 +19,7 @@ def fetch(reader: Reader) -> LocalReader:
 
     Blocks. Raises OSError, and EOFError when the file turns out to be shorter.
     """
-    fd = _memory_file(reader.num_bytes)
+    fd = memory_file(reader.num_bytes)
     try:
         if reader.num_bytes:
             _fill(fd, reader)
@@ -29,7 +29,8 @@ def fetch(reader: Reader) -> LocalReader:
     return LocalReader.received(fd)
 
 
-def _memory_file(num_bytes: int) -> int:
+def memory_file(num_bytes: int) -> int:
+    """A file of so many zeros that is nowhere but in memory; zeros that nobody writes take none."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("asyncckpt-fetched", os.MFD_CLOEXEC)
     else:

@@ -10,10 +10,13 @@ from typing import Any
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from asyncckpt.image.fetch import NUM_FETCHING_THREADS, fetch
 from asyncckpt.image.verify import default_num_threads, verify_reader
+from asyncckpt.progress import CountingReader, progress_bar
 from asyncckpt.records import VerifyReport
 from asyncckpt.storage.base import Reader, Storage
 from asyncckpt.storage.local import LocalReader
 from asyncckpt.storage.places import Places, full_path
+
+BAR_AFTER_SECS = 1.5  # of a fetch, on a terminal
 
 
 def verify(path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> VerifyReport:
@@ -70,8 +73,15 @@ def open_checkpoint(storage: Storage, path: str, *, follow_links: bool = True) -
 
 def open_to_load(storage: Storage, path: str, *, follow_links: bool = True) -> LocalReader:
     """As `open_checkpoint`, a file that can be mapped: one from elsewhere is fetched into memory first."""
-    reader = open_checkpoint(storage, path, follow_links=follow_links)
+    return to_be_mapped(open_checkpoint(storage, path, follow_links=follow_links))
+
+
+def to_be_mapped(reader: Reader) -> LocalReader:
+    """The same file, to be mapped: itself, or what was fetched of it, with a bar on a terminal when it takes long.
+
+    The reader must not be used any more. Blocks. Raises OSError.
+    """
     if isinstance(reader, LocalReader):
         return reader
-    with reader:
-        return fetch(reader)
+    with reader, progress_bar("fetching", reader.num_bytes, after_secs=BAR_AFTER_SECS) as advance:
+        return fetch(CountingReader(reader, advance))

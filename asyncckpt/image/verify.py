@@ -239,7 +239,12 @@ def _read_metadata(reader: Reader, archive: Archive) -> Mapping[str, object] | N
 
 
 def layout_of(archive: Archive) -> Layout:
-    """The layout that we would have given these records; `_Checker` compares it with what is there."""
+    """The layout that we would have given these records, to be compared with what is there.
+
+    Raises `CorruptCheckpointError` for names that we never write.
+    """
+    if odd := [entry.name for entry in archive.entries if not entry.name.isascii()]:
+        raise CorruptCheckpointError(f"record {odd[0]} has a name that no record of a checkpoint has")
     prefix = len(archive.folder) + 1
     return plan_layout((entry.name[prefix:], entry.num_bytes) for entry in archive.entries)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import asyncckpt
 from asyncckpt.cli.options import storage_options
 from asyncckpt.naming import BEST_NAME, REGISTRY_NAME
 from asyncckpt.storage.places import Places
+from asyncckpt.storage.s3 import S3Reader
 from cli.directories import files
-from cli.running import Outcome, error_of, run, run_json
+from cli.running import Outcome, error_of, on_a_terminal, run, run_json
 
 BUCKET = "cli"
 STEPS = (100, 200, 300, 400, 500)
@@ -149,8 +151,6 @@ def test_quick_verification_reads_no_payloads(place: Place, monkeypatch: pytest.
     with asyncckpt.AsyncCheckpointSaver(storage_options=place.server.options, writer="thread") as saver:
         saver.save(state, f"{place.url}/large.pt").result(60)
     read = 0
-    from asyncckpt.storage.s3 import S3Reader
-
     read_into = S3Reader.read_into
 
     def count(self: S3Reader, offset: int, view: memoryview) -> None:
@@ -188,6 +188,54 @@ def test_inspect_and_diff(place: Place, directory: Path) -> None:
     assert run_json("diff", remote, local)["equal"]
     compared = run_json("diff", remote, f"{place.url}/{place.names[1]}", code=1)
     assert compared["tensors"] == run_json("diff", *files(directory)[:2], code=1)["tensors"]
+
+
+@pytest.mark.usefixtures("environment")
+def test_inspect_and_partial_loads_fetch_only_what_they_need(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a checkpoint in a store; and what is loaded is what was saved."""
+    state = {"model_state_dict": {"a": torch.arange(2e6), "b": torch.ones(9)}, "other": torch.zeros(3_000_000)}
+    with asyncckpt.AsyncCheckpointSaver(storage_options=place.server.options, writer="thread") as saver:
+        saver.save(state, f"{place.url}/large.pt").result(60)
+    num_read = 0
+    read_into = S3Reader.read_into
+
+    def count(self: S3Reader, offset: int, view: memoryview) -> None:
+        nonlocal num_read
+        num_read += len(view)
+        read_into(self, offset, view)
+
+    monkeypatch.setattr(S3Reader, "read_into", count)
+    run("inspect", f"{place.url}/large.pt")
+    assert 0 < num_read < 500_000
+    num_read = 0
+    part = asyncckpt.load(f"{place.url}/large.pt", keys=["model_state_dict"], storage_options=place.server.options)
+    assert list(part) == ["model_state_dict"]
+    assert torch.equal(part["model_state_dict"]["a"], torch.arange(2e6))
+    assert torch.equal(part["model_state_dict"]["b"], torch.ones(9))
+    assert 8_000_000 < num_read < 8_500_000
+
+
+_LOAD = """
+import sys, asyncckpt, asyncckpt.image.file as file, asyncckpt.image.sparse_file as sparse_file
+for after_secs in sys.argv[2:]:
+    file.BAR_AFTER_SECS = sparse_file.BAR_AFTER_SECS = float(after_secs)
+    for keys in (None, ["epoch"]):
+        print(asyncckpt.load(sys.argv[1], keys=keys)["epoch"])
+    sys.modules["rich.console"] = None
+"""
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(("after_secs", "num_bars"), [((0,), 2), ((600, 0), 0)])
+def test_a_load_that_takes_long_shows_a_bar(place: Place, after_secs: Sequence[int], num_bars: int) -> None:
+    """On a terminal, where rich is installed; it is gone at the end, and stdout is the program's."""
+    command = [sys.executable, "-c", _LOAD, f"{place.url}/{place.names[0]}", *map(str, after_secs)]
+    stdout, drawn = on_a_terminal(command)
+    assert stdout == "1\n1\n" * len(after_secs)
+    assert (b"fetching" in drawn) == bool(num_bars)
+    assert drawn.count(b"\x1b[?25l") >= num_bars  # the cursor is hidden while there is one
+    assert drawn.count(b"\x1b[?25l") == drawn.count(b"\x1b[?25h")
+    assert num_bars or drawn == b""
 
 
 @pytest.mark.usefixtures("environment")

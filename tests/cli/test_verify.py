@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from asyncckpt.naming import BEST_NAME, REGISTRY_NAME
 from asyncckpt.registry.retention import KeepLast
 from asyncckpt.storage.local import LocalReader, LocalStorage
 from cli.directories import BEST, files
-from cli.running import error_of, run, run_json
+from cli.running import error_of, on_a_terminal, run, run_json
 
 
 def flip_a_byte(path: Path) -> None:
@@ -127,21 +125,7 @@ def test_nothing_to_verify_is_an_error(tmp_path: Path) -> None:
 
 def test_a_terminal_gets_a_progress_bar_on_stderr(directory: Path) -> None:
     """And stdout stays the JSON alone."""
-    terminal, its_end = pty.openpty()
-    command = [sys.executable, "-m", "asyncckpt", "verify", str(directory), "--json"]
-    environment = {**os.environ, "TERM": "xterm"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=its_end, env=environment) as process:
-        os.close(its_end)
-        assert process.stdout is not None
-        drawn = b""
-        while True:
-            try:
-                drawn += os.read(terminal, 65536)
-            except OSError:  # the other end is closed
-                break
-        stdout = process.stdout.read()
-    os.close(terminal)
-    assert process.returncode == 0
+    stdout, drawn = on_a_terminal([sys.executable, "-m", "asyncckpt", "verify", str(directory), "--json"])
     assert json.loads(stdout)["ok"] is True
     assert b"verifying" in drawn
     total = sum(path.stat().st_size for path in files(directory)) / 1000
