@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from asyncckpt.cli import advice, listing, upkeep, verification
+from asyncckpt.cli import advice, copies, listing, upkeep, verification
 from asyncckpt.cli.options import storage_options
 from asyncckpt.cli.output import clean, make_console, print_json
 from asyncckpt.errors import CheckpointError, CheckpointNotFoundError
@@ -164,6 +164,26 @@ def unpin(directory: _Directory, step: _Step, storage_option: _StorageOption = N
     with _storage(storage_option, directory) as storage:
         unpinned = upkeep.pin(storage, _existing(directory), step, is_pinned=False)
     _show(unpinned, upkeep.draw_pinned, as_json)
+
+
+@app.command()
+def copy(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint file, or a directory; or a URL.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="Where it is to go; a path or a URL.")],
+    storage_option: _StorageOption = None,
+    as_json: _Json = False,
+) -> None:
+    """Copy a checkpoint, or a directory of them, checking every byte; what is there already is not copied again.
+
+    Nothing is overwritten or deleted, and no retention applied. Exits with 1 if something is damaged.
+    """
+    with _storage(storage_option, source, destination) as storage:
+        if not destination:
+            raise typer.BadParameter("a path can't be empty")
+        copied = copies.gather(storage, _file(source), destination)
+    _show(copied, copies.draw, as_json)
+    if not copied.ok:
+        raise typer.Exit(FOUND)
 
 
 @app.command()

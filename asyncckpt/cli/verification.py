@@ -13,13 +13,14 @@ from asyncckpt.cli.output import clean, format_bytes, format_count
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from asyncckpt.image.file import file_path, num_reading_threads, open_checkpoint
 from asyncckpt.image.verify import read_archive, verify_reader
-from asyncckpt.image.whole_checksum import whole_checksum
+from asyncckpt.image.whole_checksum import matches_store
 from asyncckpt.naming import BEST_NAME, REGISTRY_NAME, is_checkpoint_name
 from asyncckpt.paths import scheme_of
 from asyncckpt.progress import Advance, CountingReader, progress_bar
 from asyncckpt.registry.recovery import read_registry
 from asyncckpt.storage import system_calls
 from asyncckpt.storage.base import Reader, Storage
+from asyncckpt.storage.places import is_directory
 
 READ, STORED = "read", "checksum of the store"
 
@@ -81,18 +82,15 @@ class Verifier:
 
 def _verify_by_store(reader: Reader, path: str) -> VerifiedFile | None:
     """None where that can't be done: the store keeps no checksum of the whole, or the file is not of our layout."""
-    stored = reader.stored_checksum()
-    if stored is None:
-        return None
     try:
-        whole = whole_checksum(reader)
+        is_whole = matches_store(reader)
     except CorruptCheckpointError as error:
         return VerifiedFile(path, False, reader.num_bytes, 0, (str(error),))
-    if whole is None:
+    if is_whole is None:
         return None
     num_records = len(read_archive(reader).entries)
-    problems = () if whole == stored else ("the store's checksum of it is not the one that its directory asks for",)
-    return VerifiedFile(path, not problems, reader.num_bytes, num_records, problems, STORED)
+    problems = () if is_whole else ("the store's checksum of it is not the one that its directory asks for",)
+    return VerifiedFile(path, is_whole, reader.num_bytes, num_records, problems, STORED)
 
 
 def gather(storage: Storage, path: str, *, is_quick: bool = False) -> Verified:
@@ -108,22 +106,6 @@ def gather(storage: Storage, path: str, *, is_quick: bool = False) -> Verified:
         with progress_bar("verifying", verifier.size_of(path)) as advance:
             files = [verifier.verify(file_path(path), advance)]
     return Verified(path, all(file.ok for file in files), sum(file.num_bytes for file in files), files)
-
-
-def is_directory(storage: Storage, path: str) -> bool:
-    """Whether there is a directory at the path; in a store, anything below it."""
-    try:
-        with storage.open(path):
-            return False
-    except IsADirectoryError:
-        return True
-    except OSError as error:
-        if not isinstance(error, FileNotFoundError):
-            return False
-    try:
-        return bool(storage.list_names(path))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
 
 
 def draw(verified: Verified, console: Console) -> None:

@@ -27,3 +27,15 @@ def whole_checksum(reader: Reader) -> int | None:
     for record, crc in zip(layout.records, crcs, strict=True):
         whole = crc32_combine(crc32(local_header(record, crc), whole), crc, record.num_bytes)
     return crc32(archive.directory, whole)
+
+
+def matches_store(reader: Reader) -> bool | None:
+    """Whether the checksum that the storage keeps of the file is the one that its directory asks for.
+
+    None where the storage keeps none, and for files of others. Blocks, and raises, as `whole_checksum`.
+    """
+    stored = reader.stored_checksum()
+    if stored is None:
+        return None
+    whole = whole_checksum(reader)
+    return None if whole is None else whole == stored
