@@ -19,7 +19,7 @@ LAYERS = [
     "cli.app cli.run",
     "cli.inspection cli.difference cli.copies cli.listing cli.verification cli.upkeep cli.advice cli.diagnosis",
     "doctor.examination",
-    "doctor.destination doctor.machine doctor.process doctor.speed",
+    "doctor.destination doctor.machine doctor.process doctor.speed doctor.store",
     "doctor.file_system doctor.child",
     "doctor.finding",
     "cli.tensors",
@@ -93,6 +93,7 @@ TORCH_FREE = {
         f"cli.{name}"
         for name in ("output", "options", "listing", "verification", "upkeep", "advice", "diagnosis", "run")
     ),
+    "doctor.store",
     *(f"doctor.{name}" for name in ("finding", "child", "file_system", "destination", "machine", "process", "speed")),
     "doctor.examination",
     *(f"service.{name}" for name in ("queue", "worker", "watchdog", "handle", "admission", "order", "memory", "exit")),

@@ -221,13 +221,15 @@ def interval(
 
 @app.command()
 def doctor(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="Where checkpoints are to be saved.")] = ".",
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Where checkpoints are to be saved; or a URL.")] = ".",
+    storage_option: _StorageOption = None,
     as_json: _Json = False,
 ) -> None:
     """Say what a directory and this machine can do, and what to change. Exits with 1 if checkpoints are not safe."""
     from asyncckpt.cli import diagnosis
 
-    examination = diagnosis.gather(directory)
+    with _storage(storage_option, directory) as storage:
+        examination = diagnosis.gather(storage, directory)
     _show(examination, diagnosis.draw, as_json)
     if not examination.ok:
         raise typer.Exit(FOUND)

@@ -14,7 +14,9 @@ import io
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from typing import Any
+from urllib.parse import urlsplit
 
 from asyncckpt.errors import MissingExtraError
 from asyncckpt.storage.base import ConflictError
@@ -72,6 +74,11 @@ class S3Requests:
             if not page.get("IsTruncated"):
                 return
             arguments |= {name: page[answer] for name, answer in _NEXT_PAGE.items() if answer in page}
+
+    def describe(self) -> str:
+        """The client, and where it goes to, for people; nothing secret. Asks the store nothing."""
+        endpoint = urlsplit(str(self._connected().s3.meta.endpoint_url))
+        return f"s3fs {version('s3fs')}, to {endpoint.scheme}://{endpoint.hostname}:{endpoint.port or 443}"
 
     def _send_once(self, operation: str, bucket: str, num_bytes: int, arguments: Mapping[str, Any]) -> Answer:
         file_system = self._connected()
