@@ -65,7 +65,7 @@ class CheckpointManager:
     The newest checkpoint is the one that was committed last, whatever its step. `best_model.pt` is always the best of
     those listed, by the monitored metric. Old ones are deleted once what replaces them is durable. Constructing a
     manager, listing and loading change nothing in the directory and may be done by any number of processes; the first
-    `save` (or `prune`) makes this manager the directory's one writer, until `close` or the end of the process.
+    `save` (or `prune`, `pin`) makes this manager the directory's one writer, until `close` or the end of the process.
     Thread-safe.
 
     In a distributed run every rank makes a manager and calls the same methods: rank 0 decides and writes, every rank
@@ -614,17 +614,36 @@ class CheckpointManager:
         deleted, durably. With `dry_run` nothing is changed. Raises as `save` does when the directory can't be written.
         In a distributed run rank 0 does it, and waits for nobody; on the others nothing happens, and none are returned.
         """
-        if not dry_run and not Ranks().is_first:
-            return []
         if dry_run:
-            dropped = self._directory.prune(retention, dry_run=True)
-        else:
-            self._saver.check_open()
-            with self._saving:
-                self._open()
-            path = str(self.checkpoint_dir)
-            dropped = self._saver.run_on_worker(lambda: self._directory.prune(retention), "prune", path)
-        return [self._directory.locate(info) for info in dropped]
+            return [self._directory.locate(info) for info in self._directory.prune(retention, dry_run=True)]
+        return self._on_directory(lambda: self._directory.prune(retention), "prune")
+
+    def pin(self, step: int) -> list[CheckpointInfo]:
+        """Keep the newest checkpoint of a step, whatever retention and `prune` say, until `unpin`.
+
+        It is listed as `pinned`, and a later save of the same step takes another name. Only the registry knows of pins:
+        when it is lost, all checkpoints are kept until somebody prunes, but none is pinned any more. Blocks until the
+        registry is durable, behind the saves that were submitted before. Raises `CheckpointNotFoundError` if there is
+        no such checkpoint, and as `save` does when the directory can't be written. In a distributed run rank 0 does it,
+        and waits for nobody; on the others nothing happens, and none are returned.
+        """
+        step = as_int("step", step)
+        return self._on_directory(lambda: self._directory.pin(step), "pin")
+
+    def unpin(self, step: int) -> list[CheckpointInfo]:
+        """Leave the checkpoints of a step to retention again; those that were pinned. As `pin`."""
+        step = as_int("step", step)
+        return self._on_directory(lambda: self._directory.unpin(step), "unpin")
+
+    def _on_directory(self, change: Callable[[], list[CheckpointInfo]], name: str) -> list[CheckpointInfo]:
+        """Open the directory for writing, and change it where saves are written, after those that were submitted."""
+        if not Ranks().is_first:
+            return []
+        self._saver.check_open()
+        with self._saving:
+            self._open()
+        changed = self._saver.run_on_worker(change, name, str(self.checkpoint_dir))
+        return [self._directory.locate(info) for info in changed]
 
     # --- the writer process ---
 

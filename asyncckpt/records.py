@@ -15,7 +15,8 @@ class CheckpointInfo:
     `epoch`, `global_step`, the losses, `val_metrics` and `sequence` are None or empty for saves that name only a path.
     `sequence` numbers the commits of a run: the newest checkpoint is the one with the highest, whatever its step.
     `timestamp` is ISO 8601, UTC. `protected` checkpoints were recovered without a registry; retention leaves them alone
-    until `prune()`. `damaged` ones turned out so when they were loaded; they count for nothing.
+    until `prune()`. `damaged` ones turned out so when they were loaded; they count for nothing. `pinned` ones
+    are kept, whatever retention says, until they are unpinned.
     """
 
     filepath: Path
@@ -30,6 +31,7 @@ class CheckpointInfo:
     sequence: int | None = None
     protected: bool = False
     damaged: bool = False
+    pinned: bool = False
 
     def metric(self, name: str) -> float | None:
         """The value of "val_loss", "train_loss" or one of `val_metrics`; None if it was not given."""

@@ -354,6 +354,30 @@ def test_prune(make: Callable[..., CheckpointManager]) -> None:
     assert manager.prune() == []
 
 
+@pytest.mark.parametrize("writer", ["thread", "process"])
+def test_pin(make: Callable[..., CheckpointManager], writer: str) -> None:
+    """Whoever writes knows of it, and whoever opens the directory next; it is durable on return."""
+    training, manager = Training(), make(max_checkpoints=1, writer=writer)
+    training.save(manager, global_step=1, val_loss=9.0)
+    (pinned,) = manager.pin(1)
+    assert (pinned.pinned, pinned.filepath.exists()) == (True, True)
+    assert [info.pinned for info in CheckpointManager(manager.checkpoint_dir).list_checkpoints()] == [True]
+    for step in (2, 3, 4):
+        training.save(manager, global_step=step, val_loss=1.0 / step)
+    manager.wait(60)
+    assert steps(manager) == [1, 4]
+    manager.close()
+    manager = make(max_checkpoints=1, writer=writer)
+    assert manager.prune(KeepLast(1)) == []
+    assert [info.pinned for info in manager.list_checkpoints()] == [True, False]
+    with pytest.raises(CheckpointNotFoundError):
+        manager.pin(7)
+    with pytest.raises(TypeError, match="step"):
+        manager.pin("1")  # type: ignore[arg-type]
+    assert [info.filepath for info in manager.unpin(1)] == [pinned.filepath]
+    assert [info.global_step for info in manager.prune()] == [1]
+
+
 # --- loading ---
 
 

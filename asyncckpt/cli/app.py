@@ -16,9 +16,12 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from asyncckpt.cli import advice, listing, upkeep, verification
+from asyncckpt.cli import advice, copies, listing, upkeep, verification
+from asyncckpt.cli.options import storage_options
 from asyncckpt.cli.output import clean, make_console, print_json
 from asyncckpt.errors import CheckpointError, CheckpointNotFoundError
+from asyncckpt.paths import scheme_of
+from asyncckpt.storage.places import Places, full_path
 from asyncckpt.threads import logger
 from asyncckpt.version import __version__
 
@@ -26,7 +29,17 @@ FOUND, ERROR, INTERRUPTED = 1, 3, 130
 
 Report = TypeVar("Report")
 
-_Directory = Annotated[str, typer.Argument(metavar="DIR", help="A directory of checkpoints.")]
+_Directory = Annotated[str, typer.Argument(metavar="DIR", help="A directory of checkpoints, or its URL.")]
+_StorageOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--storage-option",
+        metavar="KEY=VALUE",
+        help="What a URL's storage is opened with, as s3fs has it; repeatable. Secrets are better left to the "
+        "environment (AWS_ACCESS_KEY_ID and so on), since others see a command's arguments.",
+    ),
+]
+_Step = Annotated[int, typer.Argument(metavar="STEP", help="The global step of a checkpoint.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print strict JSON and nothing else.")]
 
 
@@ -65,28 +78,39 @@ def asyncckpt(
 
 
 @app.command("list")
-def list_(directory: _Directory, as_json: _Json = False) -> None:
+def list_(directory: _Directory, storage_option: _StorageOption = None, as_json: _Json = False) -> None:
     """List a directory's checkpoints in the order of their commits, the newest last. Changes nothing."""
-    _show(listing.gather(_existing(directory)), listing.draw, as_json)
+    with _storage(storage_option, directory) as storage:
+        listed = listing.gather(storage, _existing(directory))
+    _show(listed, listing.draw, as_json)
 
 
 @app.command()
 def inspect(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A checkpoint file.")], as_json: _Json = False
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A checkpoint file, or its URL.")],
+    storage_option: _StorageOption = None,
+    as_json: _Json = False,
 ) -> None:
     """Show what a checkpoint file holds: tensors, other entries, metadata. Runs nothing that is in it."""
     from asyncckpt.cli import inspection
 
-    _show(inspection.gather(_file(file)), inspection.draw, as_json)
+    with _storage(storage_option, file) as storage:
+        inspected = inspection.gather(storage, _file(file))
+    _show(inspected, inspection.draw, as_json)
 
 
 @app.command()
 def verify(
-    path: Annotated[str, typer.Argument(metavar="FILE|DIR", help="A checkpoint file, or a directory of them.")],
+    path: Annotated[str, typer.Argument(metavar="FILE|DIR", help="A checkpoint file, or a directory; or a URL.")],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Trust the checksums that a store keeps, where it does; read only the rest.")
+    ] = False,
+    storage_option: _StorageOption = None,
     as_json: _Json = False,
 ) -> None:
     """Read every byte and hold it against its checksums. Exits with 1 if something is damaged."""
-    verified = verification.gather(_file(path))
+    with _storage(storage_option, path) as storage:
+        verified = verification.gather(storage, _file(path), is_quick=quick)
     _show(verified, verification.draw, as_json)
     if not verified.ok:
         raise typer.Exit(FOUND)
@@ -103,34 +127,77 @@ def prune(
     metric: Annotated[str | None, typer.Option(help="What is best; else what the directory monitors.")] = None,
     mode: Annotated[str | None, typer.Option(help="Whether the best is the min or the max.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    storage_option: _StorageOption = None,
     as_json: _Json = False,
 ) -> None:
     """Delete the checkpoints that no --keep option keeps. The newest and the best one always stay."""
-    with _usage_errors():
-        keep = upkeep.Keep(keep_last, keep_best, keep_every, keep_every_epochs, keep_every_hours, metric, mode)
-        policy = upkeep.find_policy(_existing(directory), keep)
-    pruned = upkeep.prune(directory, policy, dry_run=dry_run)
+    with _storage(storage_option, directory) as storage:
+        directory = _existing(directory)
+        with _usage_errors():
+            keep = upkeep.Keep(keep_last, keep_best, keep_every, keep_every_epochs, keep_every_hours, metric, mode)
+            policy = upkeep.find_policy(storage, directory, keep)
+        pruned = upkeep.prune(storage, directory, policy, dry_run=dry_run)
     _show(pruned, upkeep.draw_pruned, as_json)
     if pruned.not_deleted:
         raise typer.Exit(ERROR)
 
 
 @app.command()
-def repair(directory: _Directory, as_json: _Json = False) -> None:
+def repair(directory: _Directory, storage_option: _StorageOption = None, as_json: _Json = False) -> None:
     """Make a directory agree with itself after a crash, as the next save would. Says everything that it does."""
-    _show(upkeep.repair(_existing(directory)), upkeep.draw_repaired, as_json)
+    with _storage(storage_option, directory) as storage:
+        repaired = upkeep.repair(storage, _existing(directory))
+    _show(repaired, upkeep.draw_repaired, as_json)
+
+
+@app.command()
+def pin(directory: _Directory, step: _Step, storage_option: _StorageOption = None, as_json: _Json = False) -> None:
+    """Keep the newest checkpoint of a step, whatever retention and prune say, until it is unpinned."""
+    with _storage(storage_option, directory) as storage:
+        pinned = upkeep.pin(storage, _existing(directory), step, is_pinned=True)
+    _show(pinned, upkeep.draw_pinned, as_json)
+
+
+@app.command()
+def unpin(directory: _Directory, step: _Step, storage_option: _StorageOption = None, as_json: _Json = False) -> None:
+    """Leave the checkpoints of a step to retention again."""
+    with _storage(storage_option, directory) as storage:
+        unpinned = upkeep.pin(storage, _existing(directory), step, is_pinned=False)
+    _show(unpinned, upkeep.draw_pinned, as_json)
+
+
+@app.command()
+def copy(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint file, or a directory; or a URL.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="Where it is to go; a path or a URL.")],
+    storage_option: _StorageOption = None,
+    as_json: _Json = False,
+) -> None:
+    """Copy a checkpoint, or a directory of them, checking every byte; what is there already is not copied again.
+
+    Nothing is overwritten or deleted, and no retention applied. Exits with 1 if something is damaged.
+    """
+    with _storage(storage_option, source, destination) as storage:
+        if not destination:
+            raise typer.BadParameter("a path can't be empty")
+        copied = copies.gather(storage, _file(source), destination)
+    _show(copied, copies.draw, as_json)
+    if not copied.ok:
+        raise typer.Exit(FOUND)
 
 
 @app.command()
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint file.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint file, or its URL.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    storage_option: _StorageOption = None,
     as_json: _Json = False,
 ) -> None:
     """Show which entries of two checkpoints differ, and by how much. Exits with 1 if any do."""
     from asyncckpt.cli import difference
 
-    compared = difference.gather(_file(a), _file(b))
+    with _storage(storage_option, a, b) as storage:
+        compared = difference.gather(storage, _file(a), _file(b))
     _show(compared, difference.draw, as_json)
     if not compared.equal:
         raise typer.Exit(FOUND)
@@ -154,13 +221,15 @@ def interval(
 
 @app.command()
 def doctor(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="Where checkpoints are to be saved.")] = ".",
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Where checkpoints are to be saved; or a URL.")] = ".",
+    storage_option: _StorageOption = None,
     as_json: _Json = False,
 ) -> None:
     """Say what a directory and this machine can do, and what to change. Exits with 1 if checkpoints are not safe."""
     from asyncckpt.cli import diagnosis
 
-    examination = diagnosis.gather(directory)
+    with _storage(storage_option, directory) as storage:
+        examination = diagnosis.gather(storage, directory)
     _show(examination, diagnosis.draw, as_json)
     if not examination.ok:
         raise typer.Exit(FOUND)
@@ -179,7 +248,23 @@ def _show(report: Report, draw: Callable[[Report, Console], None], as_json: bool
         draw(report, make_console())
 
 
+@contextmanager
+def _storage(options: list[str] | None, *paths: str) -> Iterator[Places]:
+    """Every storage, opened with these options; an error that does not say where it happened names the paths."""
+    with _usage_errors():
+        places = Places(storage_options(options or ()))
+    try:
+        yield places
+    except OSError as error:
+        if error.filename is None and not isinstance(error, CheckpointError):
+            error.filename = " or ".join(paths)
+        raise
+
+
 def _existing(directory: str) -> str:
+    """In a store a directory is there as soon as it is written to."""
+    if scheme_of(directory):
+        return full_path(directory)
     if not os.path.isdir(directory):
         what = "is not a directory" if os.path.exists(directory) else "does not exist"
         raise CheckpointNotFoundError(f"{directory} {what}")
@@ -190,6 +275,8 @@ def _file(path: str) -> str:
     """Without the slash that shells add to what turns out to be a directory."""
     if not path:
         raise typer.BadParameter("a path can't be empty")
+    if scheme_of(path):
+        return full_path(path)
     return path.rstrip(os.sep) or f"{os.sep}."
 
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import os
-
 from rich.console import Console
 
 from asyncckpt.cli.output import clean, format_count, make_console, make_table
 from asyncckpt.doctor.examination import Examination, examine
 from asyncckpt.doctor.finding import NOTE, OK, PROBLEM, WARNING
+from asyncckpt.storage.base import Storage
+from asyncckpt.storage.places import full_path
 
 _SIGNS = {OK: "✓", NOTE: "·", WARNING: "!", PROBLEM: "✗"}
 _STYLES = {OK: "", NOTE: "", WARNING: "yellow", PROBLEM: "bold red"}
 
 
-def gather(directory: str) -> Examination:
+def gather(storage: Storage, directory: str) -> Examination:
     """Run all checks; blocks for some seconds, and says on a terminal what it is at. Raises as `examine` does."""
     console = make_console(stderr=True)
     if not console.file.isatty():
-        return examine(directory)
+        return examine(directory, storage=storage)
     with console.status("examining") as status:
-        return examine(directory, lambda name: status.update(f"examining: {name}"))
+        return examine(directory, lambda name: status.update(f"examining: {name}"), storage=storage)
 
 
 def draw(examination: Examination, console: Console) -> None:
@@ -31,7 +31,7 @@ def draw(examination: Examination, console: Console) -> None:
         table.add_row(*map(clean, cells), style=_STYLES[finding.status])
     console.print(table)
     console.print()
-    if examination.tested_in != os.path.abspath(examination.path):
+    if examination.tested_in != full_path(examination.path):
         console.print(f"examined in {clean(examination.tested_in)}, since {clean(examination.path)} does not exist yet")
     console.print(_sum_up(examination), style="bold")
 

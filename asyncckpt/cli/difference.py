@@ -22,6 +22,7 @@ from asyncckpt.cli.tensors import (
     load_mapped,
     strided_parts,
 )
+from asyncckpt.storage.base import Storage
 
 _PIECE_ELEMENTS = 1 << 20
 
@@ -69,9 +70,9 @@ class Compared:
     only_in_b: Sequence[str]
 
 
-def gather(path_a: str, path_b: str) -> Compared:
+def gather(storage: Storage, path_a: str, path_b: str) -> Compared:
     """Compare two files; blocks, and reads both. Raises as `load_mapped` does."""
-    leaves_a, leaves_b = load_mapped(path_a).leaves, load_mapped(path_b).leaves
+    leaves_a, leaves_b = load_mapped(storage, path_a).leaves, load_mapped(storage, path_b).leaves
     tensors: list[TensorDifference] = []
     entries: list[EntryDifference] = []
     num_equal_tensors = num_equal_entries = 0

@@ -18,6 +18,7 @@ from asyncckpt.cli.tensors import (
     load_mapped,
     strided_parts,
 )
+from asyncckpt.storage.base import Storage
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class Inspected:
     entries: Sequence[EntryRow]
 
 
-def gather(path: str) -> Inspected:
+def gather(storage: Storage, path: str) -> Inspected:
     """Open the file; raises as `load_mapped` does."""
-    checkpoint = load_mapped(path)
+    checkpoint = load_mapped(storage, path, reads_tensors=False)
     tensors: list[TensorRow] = []
     entries: list[EntryRow] = []
     storages: dict[int, int] = {}

@@ -14,7 +14,7 @@ from asyncckpt.cli.output import clean, format_age, format_bytes, format_count, 
 from asyncckpt.naming import BEST_NAME, REGISTRY_NAME
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.recovery import survey
-from asyncckpt.storage.local import LocalStorage
+from asyncckpt.storage.base import Storage
 
 _MAX_METRICS = 30  # columns; the registry may name any number
 
@@ -38,9 +38,9 @@ class Listed:
     not_of_this_run: Sequence[str]
 
 
-def gather(directory: str) -> Listed:
+def gather(storage: Storage, directory: str) -> Listed:
     """Look at the directory; changes nothing. Raises as `survey` does."""
-    found = survey(LocalStorage(), directory)
+    found = survey(storage, directory)
     checkpoints = found.registry.checkpoints
     return Listed(
         directory=directory,
@@ -77,8 +77,8 @@ def draw(listed: Listed, console: Console) -> None:
 def _table(checkpoints: Sequence[CheckpointInfo]) -> Table:
     metrics = sorted({name for info in checkpoints for name in info.val_metrics} - {"val_loss"})[:_MAX_METRICS]
     numbers = ("step", "epoch", "train loss", "val loss", *metrics, "size", "age")
-    protection = [""] if any(info.protected for info in checkpoints) else []
-    table = make_table("", *numbers, "file", *protection, right=numbers)
+    is_marked = any(info.protected or info.pinned for info in checkpoints)
+    table = make_table("", *numbers, "file", *([""] if is_marked else []), right=numbers)
     now = datetime.now(timezone.utc)
     for info in checkpoints:
         table.add_row(
@@ -91,10 +91,14 @@ def _table(checkpoints: Sequence[CheckpointInfo]) -> Table:
             format_bytes(info.num_bytes),
             format_age(info.timestamp, now),
             clean(info.filepath),
-            *("protected" if info.protected else "" for _ in protection),
+            *([_mark(info)] if is_marked else []),
             style="bold" if info.is_best else "",
         )
     return table
+
+
+def _mark(info: CheckpointInfo) -> str:
+    return ", ".join(["pinned"] * info.pinned + ["protected"] * info.protected)
 
 
 def _notes(listed: Listed) -> list[str]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 from pathlib import PurePath
 from typing import Any
@@ -105,18 +104,3 @@ def format_age(timestamp: str, now: datetime) -> str:
         if age >= length:
             return f"{age // length} {unit}"
     raise AssertionError("unreachable")
-
-
-@contextmanager
-def progress_bar(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A bar, gone at the end, if stderr is a terminal. Call what it yields with the bytes done, on any thread."""
-    console = make_console(stderr=True)
-    if not console.file.isatty():
-        yield lambda num_bytes: None
-        return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title, total=total_bytes)
-        yield lambda num_bytes: progress.advance(task, num_bytes)

@@ -6,15 +6,19 @@ import pickle
 import reprlib
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from asyncckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
-from asyncckpt.image.file import file_path, open_to_load
+from asyncckpt.image.file import file_path, open_checkpoint, to_be_mapped
+from asyncckpt.image.sparse_file import open_sparse
+from asyncckpt.image.torch_file import looks_at_nothing, map_file
 from asyncckpt.image.verify import read_archive, read_metadata
-from asyncckpt.storage.places import Places
+from asyncckpt.storage.base import Storage
+from asyncckpt.storage.local import LocalReader
 
 KeyPath = tuple[object, ...]
 
@@ -39,24 +43,19 @@ class MappedCheckpoint:
     leaves: Mapping[KeyPath, object]
 
 
-def load_mapped(path: str) -> MappedCheckpoint:
+def load_mapped(storage: Storage, path: str, *, reads_tensors: bool = True) -> MappedCheckpoint:
     """Open a file of asyncckpt or torch.save without reading its tensors, and without running anything in it.
 
-    Checksums are not looked at. Raises `CheckpointNotFoundError`, `CorruptCheckpointError`, `UnsafeCheckpointError`,
-    and OSError when the file can't be read.
+    Checksums are not looked at. A file in a store is fetched, unless `reads_tensors` is False: then its tensors may
+    have no bytes. Raises `CheckpointNotFoundError`, `CorruptCheckpointError`, `UnsafeCheckpointError`, and OSError when
+    the file can't be read.
     """
     name = file_path(path)
-    with open_to_load(Places(), name) as reader:
-        try:
-            read_archive(reader)  # torch believes whatever the directory says about places
-        except CorruptCheckpointError as error:
-            raise CorruptCheckpointError(f"{name} is damaged: {error}") from error
-        metadata, num_bytes = read_metadata(reader), reader.num_bytes
     try:
-        with warnings.catch_warnings():
+        with _opened(storage, name, reads_tensors=reads_tensors) as reader, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about kinds of tensors that torch would rather not have
-            state = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
-            leaves = _all_leaves(state)
+            metadata, num_bytes = read_metadata(reader), reader.num_bytes
+            leaves = _all_leaves(map_file(reader, name, "cpu", weights_only=True))
     except pickle.UnpicklingError as error:
         raise UnsafeCheckpointError(f"{name} holds more than a safe load takes: {_reason(error)}") from error
     except CheckpointError:
@@ -68,6 +67,23 @@ def load_mapped(path: str) -> MappedCheckpoint:
     except Exception as error:
         raise CorruptCheckpointError(f"{name} can't be loaded: {error}") from error
     return MappedCheckpoint(path, num_bytes, metadata, leaves)
+
+
+@contextmanager
+def _opened(storage: Storage, name: str, *, reads_tensors: bool) -> Iterator[LocalReader]:
+    """The file, to be mapped."""
+    with ExitStack() as opened:
+        reader = opened.enter_context(open_checkpoint(storage, name))
+        try:
+            read_archive(reader)  # torch believes whatever the directory says about places
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(f"{name} is damaged: {error}") from error
+        if not reads_tensors and not isinstance(reader, LocalReader):
+            sparse = open_sparse(reader, name)
+            if sparse is not None and looks_at_nothing(opened.enter_context(sparse).payloads, "cpu"):
+                yield sparse.file
+                return
+        yield opened.enter_context(to_be_mapped(reader))
 
 
 def format_path(path: KeyPath) -> str:

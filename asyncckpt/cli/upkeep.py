@@ -1,4 +1,4 @@
-"""`asyncckpt prune` and `asyncckpt repair`: what changes a directory. No torch."""
+"""`asyncckpt prune`, `repair`, `pin` and `unpin`: what changes a directory. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from operator import or_
 from rich.console import Console
 
 from asyncckpt.cli.output import clean, format_bytes, format_count
-from asyncckpt.errors import MetricNotFoundError
+from asyncckpt.errors import CheckpointNotFoundError, MetricNotFoundError
 from asyncckpt.events import EventKind
 from asyncckpt.naming import BEST_NAME, is_temporary_name
 from asyncckpt.records import CheckpointInfo
@@ -22,7 +22,7 @@ from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.registry.recovery import Survey, survey
 from asyncckpt.registry.registry import Registry
 from asyncckpt.registry.retention import KeepBest, KeepEvery, KeepLast, RetentionPolicy
-from asyncckpt.storage.local import LocalStorage
+from asyncckpt.storage.base import Storage
 from asyncckpt.threads import logger
 
 
@@ -102,6 +102,17 @@ class Pruned:
 
 
 @dataclass(frozen=True)
+class Pinned:
+    """The checkpoints of a step that are pinned now, or are not any more. `repairs` as in `Pruned`."""
+
+    directory: str
+    step: int
+    pinned: bool
+    checkpoints: Sequence[CheckpointInfo]
+    repairs: Sequence[Action]
+
+
+@dataclass(frozen=True)
 class Repaired:
     """Everything that was done; and the files that belong to nobody known, which were left alone."""
 
@@ -110,17 +121,17 @@ class Repaired:
     left_alone: Sequence[str]
 
 
-def find_policy(directory: str, keep: Keep) -> RetentionPolicy:
+def find_policy(storage: Storage, directory: str, keep: Keep) -> RetentionPolicy:
     """What `keep` means for the directory as it is. Raises as `Keep.policy` and `survey` do."""
-    return keep.policy(survey(LocalStorage(), directory).registry)
+    return keep.policy(survey(storage, directory).registry)
 
 
-def prune(directory: str, policy: RetentionPolicy, *, dry_run: bool) -> Pruned:
+def prune(storage: Storage, directory: str, policy: RetentionPolicy, *, dry_run: bool) -> Pruned:
     """Delete what the policy does not keep. Blocks; durable on return. Raises as `CheckpointDirectory.prune` does."""
-    before = survey(LocalStorage(), directory)
+    before = survey(storage, directory)
     if not before.registry.checkpoints:  # not even a registry is to be written then
         return Pruned(directory, dry_run, repr(policy), (), 0, 0, (), ())
-    with _opening(directory, before) as (opened, actions):
+    with _opening(storage, directory, before) as (opened, actions):
         dropped = opened.prune(policy, dry_run=dry_run)
         num_left = len(opened.registry.checkpoints)
     failed = [action for action in actions if action.kind == "failed"]
@@ -139,15 +150,25 @@ def prune(directory: str, policy: RetentionPolicy, *, dry_run: bool) -> Pruned:
     )
 
 
-def repair(directory: str) -> Repaired:
+def pin(storage: Storage, directory: str, step: int, *, is_pinned: bool) -> Pinned:
+    """Pin the newest checkpoint of a step, or unpin all of it. Blocks; raises as `CheckpointDirectory.pin` does."""
+    before = survey(storage, directory)
+    if not before.registry.checkpoints:  # nothing is to be written then
+        raise CheckpointNotFoundError(f"there are no checkpoints in {directory}")
+    with _opening(storage, directory, before) as (opened, actions):
+        changed = opened.pin(step) if is_pinned else opened.unpin(step)
+    return Pinned(directory, step, is_pinned, changed, actions)
+
+
+def repair(storage: Storage, directory: str) -> Repaired:
     """Make the directory agree with itself. Blocks. Raises as `CheckpointDirectory.open_for_writing` does."""
-    before = survey(LocalStorage(), directory)
-    has_temporary_files = any(map(is_temporary_name, LocalStorage().list_names(directory)))
+    before = survey(storage, directory)
+    has_temporary_files = any(map(is_temporary_name, storage.list_names(directory)))
     if before.recorded is None and not (before.damage or before.registry.checkpoints or has_temporary_files):
         return Repaired(directory, (), before.strangers)  # not even a lock's file is to be made then
-    with _opening(directory, before) as (opened, actions):
+    with _opening(storage, directory, before) as (opened, actions):
         opened.open_for_writing()
-    after = survey(LocalStorage(), directory)
+    after = survey(storage, directory)
     if after.linked_best != before.linked_best:
         actions.append(Action("recovered", BEST_NAME, "it was not the best checkpoint: now it is"))
     return Repaired(directory, actions, after.strangers)
@@ -158,7 +179,7 @@ def _is_known(value: float | None) -> bool:
 
 
 @contextmanager
-def _opening(directory: str, before: Survey) -> Iterator[tuple[CheckpointDirectory, list[Action]]]:
+def _opening(storage: Storage, directory: str, before: Survey) -> Iterator[tuple[CheckpointDirectory, list[Action]]]:
     """The directory, closed in the end, and a list of what it reports; the log would only say the same again."""
     actions: list[Action] = []
 
@@ -167,7 +188,7 @@ def _opening(directory: str, before: Survey) -> Iterator[tuple[CheckpointDirecto
         if not (kind == "recovered" and name in before.strangers):  # those are not touched
             actions.append(Action(kind, name, detail))
 
-    opened = CheckpointDirectory(directory, LocalStorage(), lock_timeout_secs=0.0, report=report)
+    opened = CheckpointDirectory(directory, storage, lock_timeout_secs=0.0, report=report)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -190,6 +211,15 @@ def draw_pruned(pruned: Pruned, console: Console) -> None:
     else:
         freed = f"{format_bytes(pruned.freed_bytes)} {'to free' if pruned.dry_run else 'freed'}"
         console.print(f"{verb} {format_count(len(pruned.deleted), 'checkpoint')}, {freed}; {pruned.num_kept} kept")
+
+
+def draw_pinned(pinned: Pinned, console: Console) -> None:
+    """A line for each."""
+    _draw_actions(pinned.repairs, console)
+    for info in pinned.checkpoints:
+        console.print(f"{'pinned' if pinned.pinned else 'unpinned'} {clean(info.filepath)}", soft_wrap=True)
+    if not pinned.checkpoints:
+        console.print(f"no checkpoint of step {pinned.step} was pinned")
 
 
 def draw_repaired(repaired: Repaired, console: Console) -> None:

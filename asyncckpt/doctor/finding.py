@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from asyncckpt.storage.base import Storage
+from asyncckpt.storage.local import LocalStorage
+
 OK, NOTE, WARNING, PROBLEM = "ok", "note", "warning", "problem"
 
 
@@ -26,7 +29,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Place:
-    """The directory that files are tried in, with the path for a file to be tried, and what is around the process.
+    """The directory, or URL, that files are tried in, with the path for a file to be tried; what is around the process.
 
     `root` is where /proc and /sys are.
     """
@@ -35,6 +38,7 @@ class Place:
     probe: str = ""
     root: Path = Path("/")
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    storage: Storage = field(default_factory=LocalStorage)
 
     def read(self, path: str) -> str:
         """A file of the kernel's. Raises OSError."""

@@ -11,7 +11,7 @@ from asyncckpt.storage.base import Reader
 from asyncckpt.storage.local import LocalReader
 
 _PIECE_BYTES = 8 << 20
-_NUM_THREADS = 16  # most of them wait for the network
+NUM_FETCHING_THREADS = 16  # most of them wait for the network
 
 
 def fetch(reader: Reader) -> LocalReader:
@@ -19,7 +19,7 @@ def fetch(reader: Reader) -> LocalReader:
 
     Blocks. Raises OSError, and EOFError when the file turns out to be shorter.
     """
-    fd = _memory_file(reader.num_bytes)
+    fd = memory_file(reader.num_bytes)
     try:
         if reader.num_bytes:
             _fill(fd, reader)
@@ -29,7 +29,8 @@ def fetch(reader: Reader) -> LocalReader:
     return LocalReader.received(fd)
 
 
-def _memory_file(num_bytes: int) -> int:
+def memory_file(num_bytes: int) -> int:
+    """A file of so many zeros that is nowhere but in memory; zeros that nobody writes take none."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("asyncckpt-fetched", os.MFD_CLOEXEC)
     else:
@@ -46,7 +47,7 @@ def _fill(fd: int, reader: Reader) -> None:
         def read(offset: int) -> None:
             reader.read_into(offset, arena.buffer[offset : min(offset + _PIECE_BYTES, reader.num_bytes)])
 
-        with ThreadPoolExecutor(_NUM_THREADS, "asyncckpt-fetch") as threads:
+        with ThreadPoolExecutor(NUM_FETCHING_THREADS, "asyncckpt-fetch") as threads:
             for _ in threads.map(read, range(0, reader.num_bytes, _PIECE_BYTES)):
                 pass
     finally:

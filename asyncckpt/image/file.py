@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
-from asyncckpt.image.fetch import fetch
+from asyncckpt.image.fetch import NUM_FETCHING_THREADS, fetch
 from asyncckpt.image.verify import default_num_threads, verify_reader
+from asyncckpt.progress import CountingReader, progress_bar
 from asyncckpt.records import VerifyReport
 from asyncckpt.storage.base import Reader, Storage
 from asyncckpt.storage.local import LocalReader
 from asyncckpt.storage.places import Places, full_path
+
+BAR_AFTER_SECS = 1.5  # of a fetch, on a terminal
 
 
 def verify(path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> VerifyReport:
@@ -35,7 +38,12 @@ def verify_listed(storage: Storage, path: str) -> VerifyReport:
 
 def _verify(storage: Storage, path: str, *, follow_links: bool) -> VerifyReport:
     with open_checkpoint(storage, path, follow_links=follow_links) as reader:
-        return verify_reader(reader, path, num_threads=default_num_threads())
+        return verify_reader(reader, path, num_threads=num_reading_threads(reader))
+
+
+def num_reading_threads(reader: Reader) -> int:
+    """How many may usefully read the file side by side: most of them wait for the network where there is one."""
+    return default_num_threads() if isinstance(reader, LocalReader) else NUM_FETCHING_THREADS
 
 
 def file_path(path: str | os.PathLike[str]) -> str:
@@ -65,8 +73,15 @@ def open_checkpoint(storage: Storage, path: str, *, follow_links: bool = True) -
 
 def open_to_load(storage: Storage, path: str, *, follow_links: bool = True) -> LocalReader:
     """As `open_checkpoint`, a file that can be mapped: one from elsewhere is fetched into memory first."""
-    reader = open_checkpoint(storage, path, follow_links=follow_links)
+    return to_be_mapped(open_checkpoint(storage, path, follow_links=follow_links))
+
+
+def to_be_mapped(reader: Reader) -> LocalReader:
+    """The same file, to be mapped: itself, or what was fetched of it, with a bar on a terminal when it takes long.
+
+    The reader must not be used any more. Blocks. Raises OSError.
+    """
     if isinstance(reader, LocalReader):
         return reader
-    with reader:
-        return fetch(reader)
+    with reader, progress_bar("fetching", reader.num_bytes, after_secs=BAR_AFTER_SECS) as advance:
+        return fetch(CountingReader(reader, advance))

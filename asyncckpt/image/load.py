@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap as mmap_module
 import os
-import pickle
-import re
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 
-from asyncckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
-from asyncckpt.image.checked_file import CheckedFile
-from asyncckpt.image.file import file_path, open_to_load
+from asyncckpt.errors import CorruptCheckpointError
+from asyncckpt.image.file import file_path, open_checkpoint, to_be_mapped
 from asyncckpt.image.mapped_file import MappedFile
+from asyncckpt.image.partial import load_part
 from asyncckpt.image.payloads import Payloads
+from asyncckpt.image.selection import select
+from asyncckpt.image.torch_file import (
+    MapLocation,
+    clear_errors,
+    looks_at_nothing,
+    map_file,
+    read_checked,
+    read_legacy,
+)
 from asyncckpt.image.verify import default_num_threads, verify_payloads
 from asyncckpt.storage.base import Reader
 from asyncckpt.storage.local import LocalReader
 from asyncckpt.storage.places import Places
 
-MapLocation = Callable[[Any, str], Any] | torch.device | str | dict[str, str] | None
-
 # What torch.save(..., _use_new_zipfile_serialization=False) writes first: a pickled magic number.
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
-# The functions that tensors are pickled by, and those of them that use a storage without looking at its bytes.
-_REBUILD = re.compile(rb"_rebuild_\w+")
-_REBUILT_UNSEEN = frozenset({b"_rebuild_tensor", b"_rebuild_tensor_v2", b"_rebuild_tensor_v3", b"_rebuild_parameter"})
-
 _NUM_ATTEMPTS = 3  # at a file that is written to, or touched, while it is loaded
-_OUT_OF_MEMORY = re.compile("DefaultCPUAllocator|[Cc]annot allocate|unable to mmap|out of memory")
 
 
 def load(
@@ -45,6 +42,7 @@ def load(
     *,
     weights_only: bool = True,
     mmap: bool = True,
+    keys: Sequence[str] | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Load a checkpoint after checking every byte of it. Blocks; thread-safe.
@@ -57,15 +55,33 @@ def load(
     nothing that happens to the file matters any more. So are all of another `map_location` (torch.load's; the default
     puts everything on the CPU), and files with tensors that torch looks at to load them (sparse, quantized).
 
+    With `keys` only a part of nested dictionaries is loaded: `keys=["model_state_dict"]` gives the weights alone, and
+    `["model_state_dict.encoder", "epoch"]` less (as `asyncckpt inspect` prints them). Of a file that asyncckpt wrote no
+    tensors but the part's are read, or fetched, and what is read is checked, and kept in memory. Files of torch.save,
+    other `map_location`s, `weights_only=False` and unusual tensors take reading all of it.
+
     With `weights_only` (the default) nothing in the file can run code; `weights_only=False` unpickles freely, so use it
     only for files whose author you trust.
 
     Raises `CheckpointNotFoundError`, `CorruptCheckpointError` (naming the record), `UnsafeCheckpointError` (naming what
-    the file wanted to call), and OSError when reading fails.
+    the file wanted to call), `CheckpointError` for a key that nothing is at, and OSError when reading fails.
     """
     name = file_path(path)
-    with open_to_load(Places(storage_options), name) as reader:
-        return load_from(reader, name, map_location, weights_only=weights_only, mmap=mmap).state
+    reader = open_checkpoint(Places(storage_options), name)
+    with reader:
+        if keys is not None and weights_only and map_location in ("cpu", torch.device("cpu")):
+            part = load_part(reader, name, _checked(keys))
+            if part is not None:
+                return part
+        with to_be_mapped(reader) as file:
+            state = load_from(file, name, map_location, weights_only=weights_only, mmap=mmap).state
+    return state if keys is None else select(state, _checked(keys), name)
+
+
+def _checked(keys: Sequence[str]) -> Sequence[str]:
+    if isinstance(keys, str) or not keys or not all(isinstance(key, str) and key for key in keys):
+        raise TypeError(f"keys is a list of paths of keys, as ['model_state_dict'], not {keys!r}")
+    return keys
 
 
 @dataclass(frozen=True)
@@ -88,13 +104,13 @@ def load_from(
         before = reader.last_change()
         try:
             payloads, metadata = _check(reader, path)
-            with _clear_errors(path, map_location, weights_only=weights_only):
+            with clear_errors(path, map_location, weights_only=weights_only):
                 if payloads is None:
-                    state = _load_legacy(reader, path, map_location, weights_only=weights_only)
-                elif not (mmap and _looks_at_nothing(payloads, map_location)):
-                    return Loaded(_read(payloads, map_location, weights_only=weights_only), metadata, None)
+                    state = read_legacy(reader, path, map_location, weights_only=weights_only)
+                elif not (mmap and looks_at_nothing(payloads, map_location)):
+                    return Loaded(read_checked(payloads, map_location, weights_only=weights_only), metadata, None)
                 else:
-                    state = _map(reader, path, map_location, weights_only=weights_only)
+                    state = map_file(reader, path, map_location, weights_only=weights_only)
         except Exception:
             if reader.last_change() == before:
                 raise
@@ -128,91 +144,3 @@ def _check(reader: Reader, path: str) -> tuple[Payloads | None, Mapping[str, obj
         more = f" (and {len(report.problems) - 1} more problems)" if len(report.problems) > 1 else ""
         raise CorruptCheckpointError(f"{path} is damaged: {report.problems[0]}{more}; load an earlier checkpoint")
     return Payloads(reader, path, payloads), report.metadata
-
-
-def _looks_at_nothing(payloads: Payloads, map_location: MapLocation) -> bool:
-    """Whether torch makes the tensors without touching their bytes, which may be gone by then: that is a SIGBUS."""
-    if not _is_on_host(map_location) or payloads.contents("byteorder") != sys.byteorder.encode():
-        return False  # moved to a device, or turned around
-    return set(_REBUILD.findall(payloads.contents("data.pkl"))) <= _REBUILT_UNSEEN
-
-
-def _is_on_host(map_location: MapLocation) -> bool:
-    return map_location in ("cpu", "meta", torch.device("cpu"), torch.device("meta"))
-
-
-def _read(payloads: Payloads, map_location: MapLocation, *, weights_only: bool) -> Any:
-    """Into memory, every byte against its checksum on the way."""
-    file = CheckedFile(payloads)
-    try:
-        return torch.load(cast(IO[bytes], file), map_location=map_location, weights_only=weights_only, mmap=False)
-    except Exception:
-        if file.error is not None:
-            raise file.error from None
-        raise
-
-
-def _map(reader: LocalReader, path: str, map_location: MapLocation, *, weights_only: bool) -> Any:
-    name = _descriptor_path(reader, path)
-    with _private_mapping():
-        return torch.load(name, map_location=map_location, weights_only=weights_only, mmap=True)
-
-
-def _load_legacy(reader: LocalReader, path: str, map_location: MapLocation, *, weights_only: bool) -> Any:
-    name = _descriptor_path(reader, path)
-    return torch.load(name, map_location=map_location, weights_only=weights_only, mmap=False)
-
-
-def _descriptor_path(reader: LocalReader, path: str) -> str:
-    """The verified file itself, whatever has been renamed over its name meanwhile."""
-    return f"/proc/self/fd/{reader.fd}" if sys.platform == "linux" else path
-
-
-_mapping_lock = threading.RLock()
-
-
-def _forget_in_child() -> None:
-    global _mapping_lock
-    _mapping_lock = threading.RLock()  # another thread may have held it
-
-
-os.register_at_fork(after_in_child=_forget_in_child)
-
-
-@contextlib.contextmanager
-def _private_mapping() -> Iterator[None]:
-    """torch maps as an option says; shared, a write to a loaded tensor would change the file.
-
-    The option is process-wide in older torch (2.13: one per thread), so mapped loads take turns.
-    """
-    with _mapping_lock:
-        before = torch.serialization.get_default_mmap_options() or mmap_module.MAP_PRIVATE
-        torch.serialization.set_default_mmap_options(mmap_module.MAP_PRIVATE)
-        try:
-            yield
-        finally:
-            torch.serialization.set_default_mmap_options(before)
-
-
-@contextlib.contextmanager
-def _clear_errors(path: str, map_location: MapLocation, *, weights_only: bool) -> Iterator[None]:
-    """Say what torch's errors mean. Errors of the caller's own code (classes, `map_location`) pass as they are."""
-    only_file_to_blame = weights_only and _is_on_host(map_location)
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        if not weights_only:
-            raise CorruptCheckpointError(f"{path} holds a pickle that makes no sense: {error}") from error
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-        what = f"it refers to {named[1]}" if named else reason[1] if reason else str(error).splitlines()[0]
-        raise UnsafeCheckpointError(
-            f"{path} was not loaded, because it could run code: {what}. If you trust its author, allow that class with "
-            "torch.serialization.add_safe_globals, or pass weights_only=False"
-        ) from error
-    except (OSError, MemoryError, CheckpointError):
-        raise
-    except Exception as error:
-        if not only_file_to_blame or _OUT_OF_MEMORY.search(str(error)):
-            raise
-        raise CorruptCheckpointError(f"{path} holds a pickle that makes no sense: {error!r}") from error

@@ -67,6 +67,17 @@ class MappedFile:
             view[:] = whole[: len(view)]
         return rest
 
+    def payloads_of(self, storages: Sequence[torch.UntypedStorage]) -> list[Payload]:
+        """The records that these are mapped from. Raises `CorruptCheckpointError` for one that is mapped from none."""
+        ranges = _ranges_of(self._reader)
+        starts = [found.start for found in ranges]
+        found = []
+        for storage in storages:
+            index = bisect_right(starts, storage.data_ptr()) - 1
+            offset = ranges[index].offset + storage.data_ptr() - starts[index] if index >= 0 else -1
+            found.append(self._payload(offset, storage.nbytes()))
+        return found
+
     def _payload(self, offset: int, num_bytes: int) -> Payload:
         payload = self._payloads.at(offset)
         if payload is None or payload.num_bytes < num_bytes:

@@ -20,18 +20,28 @@ _WORTH_THREADS_BYTES = 16 << 20
 
 
 class Payloads:
-    """The payloads of an open file that was verified. Thread-safe. `path` is for messages.
+    """The payloads of an open file that was verified, or is not yet. Thread-safe. `path` is for messages.
 
     `by_record` has them by their names without the archive's folder.
     """
 
-    def __init__(self, reader: Reader, path: str, payloads: Sequence[Payload]) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        path: str,
+        payloads: Sequence[Payload],
+        *,
+        num_threads: int | None = None,
+        is_verified: bool = True,
+    ) -> None:
         folder = payloads[0].name.partition("/")[0]  # torch looks into the first record's only
         self.by_record = {
             payload.name[len(folder) + 1 :]: payload for payload in payloads if payload.name.startswith(f"{folder}/")
         }
         self._reader = reader
         self._path = path
+        self._num_threads = num_threads or default_num_threads()
+        self._is_verified = is_verified
         self._by_offset = {payload.offset: payload for payload in payloads if payload.num_bytes}
 
     def at(self, offset: int) -> Payload | None:
@@ -52,10 +62,10 @@ class Payloads:
                 start = part * _PART_BYTES
                 crcs[index][part] = self._read_part(payload, start, view[start : start + _PART_BYTES])
 
-        _run(read_parts, sum(payload.num_bytes for payload, _ in wanted))
+        self._run(read_parts, sum(payload.num_bytes for payload, _ in wanted))
         for (payload, _), of_record in zip(wanted, crcs, strict=True):
             if _joined(of_record, payload.num_bytes) != payload.crc:
-                raise self._damaged(payload, "does not match its checksum any more")
+                raise self._damaged(payload, "does not match its checksum" + " any more" * self._is_verified)
 
     def contents(self, record: str) -> bytes:
         """The bytes of a small one; none if it is not there. Raises as `read` does."""
@@ -78,19 +88,16 @@ class Payloads:
         return crc
 
     def _damaged(self, payload: Payload, how: str) -> CorruptCheckpointError:
-        return CorruptCheckpointError(
-            f"{self._path} was damaged while it was loaded: record {payload.name} {how}; load an earlier checkpoint"
-        )
+        when = "was damaged while it was loaded" if self._is_verified else "is damaged"
+        return CorruptCheckpointError(f"{self._path} {when}: record {payload.name} {how}; load an earlier checkpoint")
 
-
-def _run(read_parts: Callable[[], None], num_bytes: int) -> None:
-    num_threads = default_num_threads()
-    if num_bytes < _WORTH_THREADS_BYTES or num_threads == 1:
-        read_parts()
-        return
-    with ThreadPoolExecutor(num_threads, "asyncckpt-read") as threads:
-        for future in [threads.submit(read_parts) for _ in range(num_threads)]:
-            future.result()
+    def _run(self, read_parts: Callable[[], None], num_bytes: int) -> None:
+        if num_bytes < _WORTH_THREADS_BYTES or self._num_threads == 1:
+            read_parts()
+            return
+        with ThreadPoolExecutor(self._num_threads, "asyncckpt-read") as threads:
+            for future in [threads.submit(read_parts) for _ in range(self._num_threads)]:
+                future.result()
 
 
 def _joined(crcs: Sequence[int], num_bytes: int) -> int:

@@ -90,7 +90,7 @@ def verify_payloads(reader: Reader, path: str, *, num_threads: int = 1) -> tuple
     try:
         archive = read_archive(reader)
         metadata = _read_metadata(reader, archive)
-        layout = _our_layout(archive) if metadata is not None else None
+        layout = layout_of(archive) if metadata is not None else None
     except CorruptCheckpointError as error:
         return VerifyReport(path, reader.num_bytes, 0, (str(error),), None), ()
     problems: list[str] = []
@@ -238,8 +238,13 @@ def _read_metadata(reader: Reader, archive: Archive) -> Mapping[str, object] | N
         raise CorruptCheckpointError(f"record {entry.name} is not valid metadata: {error}") from error
 
 
-def _our_layout(archive: Archive) -> Layout:
-    """The layout that we would have given these records; `_Checker` compares it with what is there."""
+def layout_of(archive: Archive) -> Layout:
+    """The layout that we would have given these records, to be compared with what is there.
+
+    Raises `CorruptCheckpointError` for names that we never write.
+    """
+    if odd := [entry.name for entry in archive.entries if not entry.name.isascii()]:
+        raise CorruptCheckpointError(f"record {odd[0]} has a name that no record of a checkpoint has")
     prefix = len(archive.folder) + 1
     return plan_layout((entry.name[prefix:], entry.num_bytes) for entry in archive.entries)
 

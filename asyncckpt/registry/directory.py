@@ -19,6 +19,7 @@ from pathlib import Path
 
 from asyncckpt.errors import (
     CheckpointError,
+    CheckpointNotFoundError,
     CheckpointWriteError,
     CorruptCheckpointError,
     RegistryError,
@@ -436,14 +437,15 @@ class CheckpointDirectory:
     # --- writing ---
 
     def reserve(self, info: CheckpointInfo) -> Listing:
-        """Give a checkpoint that is about to be written its sequence number, and a name that nobody else's file has.
+        """Give a checkpoint that is about to be written its sequence number, and a name that no other's file has.
 
         Does not block: it goes by the last `look`.
         """
         registry = self._own_registry()
+        pinned = {str(entry.filepath) for entry in registry.checkpoints if entry.pinned}
         ours = {str(entry.filepath) for entry in registry.checkpoints}
         ours |= {drop.name for drop in registry.pending_deletes} | self._reserved
-        taken = self._strangers | (self._names - ours)
+        taken = self._strangers | pinned | (self._names - ours)
         name = str(info.filepath)
         number = 2
         while name in taken:
@@ -538,6 +540,50 @@ class CheckpointDirectory:
             self._link_best()
             self._registry = self._delete(self._own_registry(), pruned.pending_deletes)
         return dropped
+
+    def take_run(self, registry: Registry) -> None:
+        """Make an empty directory, which is open for writing, one of this registry's run. Blocks; durable on return.
+
+        Nothing changes if it is one already. Raises `CheckpointError` if it is another run's.
+        """
+        with self._writing, _explained(self.path, "can't be written to"):
+            own = self._own_registry()
+            if own.run_id == registry.run_id:
+                return
+            if own.checkpoints or self._is_recorded:
+                raise CheckpointError(f"{self.path} is another run's directory, which is left alone")
+            self.generation = next(_generations)
+            self._write(replace(own, run_id=registry.run_id))
+            self._run_id = registry.run_id
+
+    def pin(self, step: int) -> list[CheckpointInfo]:
+        """Keep the newest checkpoint of a step whatever retention says; in a list, as it is listed from now on.
+
+        Blocks; durable on return. Raises `CheckpointNotFoundError` when there is none, and as `open_for_writing` does.
+        """
+        return self._set_pins(step, is_pinned=True)
+
+    def unpin(self, step: int) -> list[CheckpointInfo]:
+        """Leave all checkpoints of a step to retention again; those that were pinned. As `pin`."""
+        return self._set_pins(step, is_pinned=False)
+
+    def _set_pins(self, step: int, *, is_pinned: bool) -> list[CheckpointInfo]:
+        self.open_for_writing()
+        with self._writing, _explained(self.path, "was not changed"):
+            self.generation = next(_generations)
+            registry = self._own_registry().with_damaged(self._damaged)
+            infos = [info for info in registry.checkpoints if info.global_step == step]
+            if not infos:
+                steps = ", ".join(str(info.global_step) for info in registry.checkpoints) or "none"
+                raise CheckpointNotFoundError(f"{self.path} has no checkpoint of step {step}; it has {steps}")
+            whole = [info for info in infos if not info.damaged]
+            chosen = (whole or infos)[-1:] if is_pinned else infos
+            changed = [replace(info, pinned=is_pinned) for info in chosen if info.pinned != is_pinned]
+            for info in changed:
+                registry = registry.with_pin(info, is_pinned=is_pinned)
+            if changed:
+                self._write(registry)
+        return [replace(info, pinned=is_pinned) for info in chosen] if is_pinned else changed
 
     def _own_registry(self) -> Registry:
         if self._registry is None:

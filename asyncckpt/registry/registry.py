@@ -88,8 +88,10 @@ class Registry:
         )
 
     def with_checkpoint(self, info: CheckpointInfo) -> Registry:
-        """One more; it takes the place of one with the same name."""
-        return self.with_checkpoints([*(other for other in self.checkpoints if other.filepath != info.filepath), info])
+        """One more; it takes the place of one with the same name, and its pin."""
+        others = [other for other in self.checkpoints if other.filepath != info.filepath]
+        is_pinned = info.pinned or any(other.pinned for other in self.checkpoints if other.filepath == info.filepath)
+        return self.with_checkpoints([*others, replace(info, pinned=is_pinned)])
 
     def keeping(self, sequences: Iterable[int]) -> Registry:
         """Without the checkpoints whose sequence numbers are not named, whose files are to be deleted."""
@@ -105,6 +107,12 @@ class Registry:
         known = set(sequences)
         return self.with_checkpoints(
             replace(info, damaged=True) if info.sequence in known else info for info in self.checkpoints
+        )
+
+    def with_pin(self, info: CheckpointInfo, *, is_pinned: bool) -> Registry:
+        """With this one pinned, or not."""
+        return self.with_checkpoints(
+            replace(other, pinned=is_pinned) if other.sequence == info.sequence else other for other in self.checkpoints
         )
 
     def deleted(self, pending: Iterable[PendingDelete]) -> Registry:
@@ -134,6 +142,7 @@ class _Entry(msgspec.Struct, kw_only=True):
     train_loss: _Number | None = None
     protected: bool = False
     damaged: bool = False
+    pinned: bool = False
 
 
 class _PendingEntry(msgspec.Struct):
@@ -239,6 +248,7 @@ def _to_entry(info: CheckpointInfo) -> _Entry:
         train_loss=_from_float(info.train_loss),
         protected=info.protected,
         damaged=info.damaged,
+        pinned=info.pinned,
     )
 
 
@@ -256,6 +266,7 @@ def _from_entry(entry: _Entry) -> CheckpointInfo:
         sequence=entry.sequence,
         protected=entry.protected,
         damaged=entry.damaged,
+        pinned=entry.pinned,
     )
 
 

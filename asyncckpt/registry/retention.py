@@ -21,7 +21,7 @@ _UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 class RetentionPolicy(ABC):
     """What to keep of a directory's checkpoints. Policies are immutable, and `|` keeps what either of two keeps.
 
-    The newest checkpoint, the best one and protected ones stay whatever the policy says: see `retained`.
+    The newest checkpoint, the best one, pinned and protected ones stay whatever the policy says: see `retained`.
     """
 
     @abstractmethod
@@ -146,16 +146,18 @@ class KeepEvery(RetentionPolicy):
 
 
 def retained(policy: RetentionPolicy, checkpoints: Sequence[CheckpointInfo]) -> frozenset[int]:
-    """The sequence numbers that a directory keeps: the policy's choice, the newest, the best and protected ones.
+    """The sequence numbers that a directory keeps: the policy's, the newest, the best, protected and pinned ones.
 
-    Damaged ones take nobody's place: the policy chooses among the others, and they go when all that is older has gone.
+    Damaged ones take nobody's place: the policy chooses among the others, and they go when all that is older, and not
+    pinned, has gone.
     """
     whole = [info for info in checkpoints if not info.damaged]
     newest = max(map(_sequence, whole), default=None)
     kept = set(policy.kept(whole)) | {_sequence(info) for info in whole if info.is_best or info.protected}
     kept |= {newest} if newest is not None else set()
     oldest = min(kept, default=0)
-    return frozenset(kept | {_sequence(info) for info in checkpoints if info.damaged and _sequence(info) > oldest})
+    kept |= {_sequence(info) for info in checkpoints if info.damaged and _sequence(info) > oldest}
+    return frozenset(kept | {_sequence(info) for info in checkpoints if info.pinned})
 
 
 # What another process may be told of a policy: each part's name and numbers.

@@ -88,6 +88,10 @@ class Reader(ABC):
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view` from `offset`. Blocks. Raises `EOFError` when the file ends before, OSError when it can't."""
 
+    def stored_checksum(self) -> int | None:
+        """The CRC32 of the whole file that the storage keeps, and answers for; None where it keeps none. Blocks."""
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Give the file up."""

@@ -205,7 +205,9 @@ class _ObstoreUpload(S3Upload):
         if view is None or len(view) != self._num_bytes:
             raise OSError(errno.EIO, "a part of the upload is missing")
         self._has_failed = True
-        self._make_visible(lambda **_: self._stores.put(self._bucket, self._key, view, self._metadata, self._chunk_bytes))
+        self._make_visible(
+            lambda **_: self._stores.put(self._bucket, self._key, view, self._metadata, self._chunk_bytes)
+        )
         self._has_failed = False
 
     def close(self) -> None:

@@ -45,6 +45,22 @@ def full_path(path: str | os.PathLike[str], what: str = "a checkpoint's path") -
     return f"{scheme}://" + "/".join(parts)
 
 
+def is_directory(storage: Storage, path: str) -> bool:
+    """Whether there is a directory at the path; in a store, anything below it."""
+    try:
+        with storage.open(path):
+            return False
+    except IsADirectoryError:
+        return True
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            return False
+    try:
+        return bool(storage.list_names(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 class Places(Storage):
     """Every place there is, with one set of `storage_options` for those that a URL names.
 

@@ -26,7 +26,7 @@ from asyncckpt.naming import is_temporary_name, temporary_name
 from asyncckpt.storage.base import ConflictError, Lock, Reader, Storage, Upload
 from asyncckpt.storage.claim import Claim, is_claimed, take_claim
 from asyncckpt.storage.journal import Journal, Journals, Part, UploadRecord
-from asyncckpt.storage.s3_requests import Answer, S3Requests, UploadGoneError, checksum_text
+from asyncckpt.storage.s3_requests import Answer, S3Requests, UploadGoneError, checksum_of, checksum_text
 
 _SCHEME = "s3://"
 _TOKEN = "asyncckpt-attempt"
@@ -479,6 +479,14 @@ class S3Reader(Reader):
         )
         body: bytes = answer["Body"]
         return body
+
+    def stored_checksum(self) -> int | None:
+        found = self._requests.send(
+            "head_object", self._bucket, Key=self._key, IfMatch=self.version, ChecksumMode="ENABLED"
+        )
+        if found.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
+            return None
+        return checksum_of(str(found.get("ChecksumCRC32", "")))
 
     def close(self) -> None:
         """Nothing is held."""

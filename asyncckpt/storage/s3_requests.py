@@ -16,6 +16,7 @@ import os
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -164,6 +165,11 @@ class S3Requests:
 
         return self._run(file_system.loop, ask(), _LEAST_SECS, "connecting", "")
 
+    def describe(self) -> str:
+        """The client, and where it goes to, for people; nothing secret. Asks the store nothing."""
+        endpoint = urlsplit(str(self._connected().s3.meta.endpoint_url))
+        return f"s3fs {version('s3fs')}, to {endpoint.scheme}://{endpoint.hostname}:{endpoint.port or 443}"
+
     def _send_once(self, operation: str, bucket: str, num_bytes: int, arguments: Mapping[str, Any]) -> Answer:
         file_system = self._connected()
         secs = _LEAST_SECS + num_bytes / _LEAST_BYTES_PER_SEC
@@ -243,6 +249,15 @@ class _Body(io.RawIOBase):
 def checksum_text(crc: int) -> str:
     """A CRC32 as S3's headers have it."""
     return base64.b64encode(crc.to_bytes(4, "big")).decode()
+
+
+def checksum_of(text: str) -> int | None:
+    """The CRC32 that a header holds; None for one of parts only (`…-3`), and for none at all."""
+    try:
+        crc = base64.b64decode(text, validate=True)
+    except ValueError:
+        return None
+    return int.from_bytes(crc, "big") if len(crc) == 4 else None
 
 
 def explained(error: Exception, operation: str, bucket: str) -> OSError:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +43,25 @@ def error_of(*arguments: object) -> str:
     lines = outcome.stderr.splitlines()
     assert len(lines) == 1, outcome.stderr
     return lines[0]
+
+
+def on_a_terminal(command: Sequence[str], environment: Mapping[str, str] = os.environ) -> tuple[str, bytes]:
+    """Run a command whose stderr is a terminal; its stdout, and what was drawn."""
+    terminal, its_end = pty.openpty()
+    environment = {**environment, "TERM": "xterm"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=its_end, env=environment, text=True) as process:
+        os.close(its_end)
+        drawn = b""
+        while True:
+            try:
+                drawn += os.read(terminal, 65536)
+            except OSError:  # the other end is closed
+                break
+        assert process.stdout is not None
+        stdout = process.stdout.read()
+    os.close(terminal)
+    assert process.returncode == 0, drawn
+    return stdout, drawn
 
 
 def _refuse(constant: str) -> None:

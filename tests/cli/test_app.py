@@ -13,6 +13,7 @@ import pytest
 import asyncckpt
 from asyncckpt.cli import listing
 from asyncckpt.cli.output import to_plain
+from asyncckpt.storage.base import Storage
 from cli.directories import files
 from cli.running import error_of, run, run_json
 
@@ -102,7 +103,7 @@ def test_an_error_is_one_line(tmp_path: Path, command: str) -> None:
 def test_an_error_of_the_system_names_the_file(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the system tells it."""
 
-    def refuse(directory: str) -> None:
+    def refuse(storage: Storage, directory: str) -> None:
         raise PermissionError(13, "Permission denied", directory)
 
     monkeypatch.setattr(listing, "gather", refuse)
@@ -112,7 +113,7 @@ def test_an_error_of_the_system_names_the_file(directory: Path, monkeypatch: pyt
 def test_an_interrupt_is_no_finding(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C exits with 130, not with 1."""
 
-    def interrupt(directory: str) -> None:
+    def interrupt(storage: Storage, directory: str) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(listing, "gather", interrupt)
@@ -125,10 +126,10 @@ def test_warnings_of_the_library_are_plain_lines(directory: Path, monkeypatch: p
     handlers = list(logger.handlers)
     gather = listing.gather
 
-    def warn(directory: str) -> listing.Listed:
+    def warn(storage: Storage, directory: str) -> listing.Listed:
         logger.warning("look\n%s", "\x1b[31mhere")
         logger.info("never mind")
-        return gather(directory)
+        return gather(storage, directory)
 
     monkeypatch.setattr(listing, "gather", warn)
     assert run("list", directory).stderr == "asyncckpt: look\\n\\x1b[31mhere\n"

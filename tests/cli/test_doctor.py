@@ -79,9 +79,6 @@ def test_what_is_no_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert error_of("doctor", tmp_path / "file") == f"asyncckpt: {tmp_path / 'file'} is not a directory"
     assert "is not a directory" in error_of("doctor", tmp_path / "file" / "below")
-    assert error_of("doctor", "s3://bucket/run") == (
-        "asyncckpt: s3://bucket/run: this version examines local directories only"
-    )
 
 
 def test_memory_is_not_safe(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 import asyncckpt
 from asyncckpt.cli.tensors import format_path, format_value, load_mapped
+from asyncckpt.storage.local import LocalStorage
 from cli.directories import files
 from cli.running import error_of, run, run_json
 
@@ -23,7 +24,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def keys_of(path: Path) -> dict[str, object]:
-    return {format_path(key): value for key, value in load_mapped(str(path)).leaves.items()}
+    return {format_path(key): value for key, value in load_mapped(LocalStorage(), str(path)).leaves.items()}
 
 
 def test_a_managers_file(directory: Path) -> None:
@@ -91,7 +92,7 @@ def test_tensors_are_not_read(path: Path) -> None:
     num_bytes = 256 << 20
     torch.save({"large": torch.zeros(num_bytes // 4)}, path)
     before = mapped_bytes()
-    checkpoint = load_mapped(str(path))
+    checkpoint = load_mapped(LocalStorage(), str(path))
     assert mapped_bytes() - before < num_bytes // 4
     (tensor,) = checkpoint.leaves.values()
     assert isinstance(tensor, torch.Tensor)

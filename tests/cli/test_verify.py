@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from asyncckpt.cli import upkeep, verification
+from asyncckpt.cli import upkeep
+from asyncckpt.cli.verification import Verifier
 from asyncckpt.naming import BEST_NAME, REGISTRY_NAME
 from asyncckpt.registry.retention import KeepLast
-from asyncckpt.storage.local import LocalReader
+from asyncckpt.storage.local import LocalReader, LocalStorage
 from cli.directories import BEST, files
-from cli.running import error_of, run, run_json
+from cli.running import error_of, on_a_terminal, run, run_json
 
 
 def flip_a_byte(path: Path) -> None:
@@ -105,13 +104,13 @@ def test_what_can_not_be_read_is_a_problem_of_that_file_only(directory: Path, mo
 
 def test_a_file_that_training_deletes_meanwhile_is_no_damage(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was listed when the command started, and dropped by retention before its turn came."""
-    size_of = verification._size_of
+    size_of = Verifier.size_of
 
-    def prune_then_size(path: str) -> int:
-        upkeep.prune(str(directory), KeepLast(1), dry_run=False)
-        return size_of(path)
+    def prune_then_size(self: Verifier, path: str) -> int:
+        upkeep.prune(LocalStorage(), str(directory), KeepLast(1), dry_run=False)
+        return size_of(self, path)
 
-    monkeypatch.setattr(verification, "_size_of", prune_then_size)
+    monkeypatch.setattr(Verifier, "size_of", prune_then_size)
     verified = run_json("verify", directory)
     assert [os.path.basename(file["path"]) for file in verified["files"]] == [path.name for path in files(directory)]
     assert len(verified["files"]) == 2
@@ -126,21 +125,7 @@ def test_nothing_to_verify_is_an_error(tmp_path: Path) -> None:
 
 def test_a_terminal_gets_a_progress_bar_on_stderr(directory: Path) -> None:
     """And stdout stays the JSON alone."""
-    terminal, its_end = pty.openpty()
-    command = [sys.executable, "-m", "asyncckpt", "verify", str(directory), "--json"]
-    environment = {**os.environ, "TERM": "xterm"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=its_end, env=environment) as process:
-        os.close(its_end)
-        assert process.stdout is not None
-        drawn = b""
-        while True:
-            try:
-                drawn += os.read(terminal, 65536)
-            except OSError:  # the other end is closed
-                break
-        stdout = process.stdout.read()
-    os.close(terminal)
-    assert process.returncode == 0
+    stdout, drawn = on_a_terminal([sys.executable, "-m", "asyncckpt", "verify", str(directory), "--json"])
     assert json.loads(stdout)["ok"] is True
     assert b"verifying" in drawn
     total = sum(path.stat().st_size for path in files(directory)) / 1000

@@ -410,6 +410,14 @@ def _bomb_of_overlapping_entries() -> bytes:
     )
 
 
+def _named_oddly() -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, payload in (("data.pkl", PICKLE), (METADATA_RECORD, b"{}"), ("data/ü", b"")):
+            archive.writestr(f"archive/{name}", payload)
+    return content.getvalue()
+
+
 TWO = make_archive({"data.pkl": PICKLE, "data/0": b"x" * 100, "data/1": b"y" * 100})
 OURS = make_archive({"data.pkl": PICKLE, METADATA_RECORD: b"{}"})
 ENTRY, END, HEADER = b"PK\x01\x02", b"PK\x05\x06", b"PK\x03\x04"
@@ -417,6 +425,7 @@ ENTRY, END, HEADER = b"PK\x01\x02", b"PK\x05\x06", b"PK\x03\x04"
 HOSTILE: dict[str, bytes] = {
     "overlapping records": _change(TWO, ENTRY, 42, "<I", 0, which=1),
     "overlapping bomb": _bomb_of_overlapping_entries(),
+    "a name that is no ASCII": _named_oddly(),
     "duplicate names": TWO.replace(b"data/1", b"data/0"),
     "record past the end": _change(TWO, ENTRY, 42, "<I", 1 << 30, which=2),
     "giant record": _change(_change(TWO, ENTRY, 20, "<I", 0xFFFFFFF0), ENTRY, 24, "<I", 0xFFFFFFF0),

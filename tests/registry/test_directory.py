@@ -19,7 +19,14 @@ from storage.mounts import small_file_system
 from storage.seam import Call, Fault, Seam
 
 import asyncckpt
-from asyncckpt import AsyncCheckpointSaver, CheckpointInfo, CheckpointWriteError, RegistryError, StorageBusyError
+from asyncckpt import (
+    AsyncCheckpointSaver,
+    CheckpointInfo,
+    CheckpointNotFoundError,
+    CheckpointWriteError,
+    RegistryError,
+    StorageBusyError,
+)
 from asyncckpt.naming import LOCK_NAME, checkpoint_name, is_temporary_name
 from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.registry.retention import KeepEvery, KeepLast
@@ -128,6 +135,57 @@ def test_improving_at_every_save_keeps_just_what_the_policy_says(run: Run) -> No
         assert run.save(step, 1 / step).is_best
     assert run.steps() == [7, 8]
     run.assert_in_order()
+
+
+def test_pinned_ones_stay_until_they_are_unpinned(run: Run) -> None:
+    """Through saves, prunes and restarts; a later save of the same step leaves the file alone."""
+    pinned = run.save(1)
+    assert [info.filepath.name for info in run.directory.pin(1)] == [pinned.filepath.name]
+    for step in (2, 3, 4):
+        run.save(step)
+    assert run.steps() == [1, 3, 4]
+    run.restart()
+    run.directory.prune(KeepLast(1))
+    assert run.steps() == [1, 4]
+    again = run.save(1)
+    assert again.filepath.name != pinned.filepath.name
+    run.assert_in_order()
+    assert [info.sequence for info in run.directory.unpin(1)] == [pinned.sequence]
+    assert run.directory.unpin(1) == []
+    run.save(5)
+    assert run.steps() == [1, 5]
+    assert not pinned.filepath.exists()
+    run.assert_in_order()
+
+
+def test_the_newest_whole_one_of_a_step_is_pinned(run: Run) -> None:
+    """Also again; of a step that nobody saved there is none."""
+    run.save(1)
+    second = run.save(2)
+    for _ in range(2):
+        assert [info.sequence for info in run.directory.pin(2)] == [second.sequence]
+    again = run.save(2)
+    run.directory.note_damaged(again)
+    assert [info.sequence for info in run.directory.pin(2)] == [second.sequence]
+    with pytest.raises(CheckpointNotFoundError, match=r"no checkpoint of step 7; it has 2, 2"):
+        run.directory.pin(7)
+    with pytest.raises(CheckpointNotFoundError):
+        run.directory.unpin(7)
+
+
+def test_a_pin_that_can_not_be_written_is_an_error(run: Run) -> None:
+    """And is not claimed to be there: retention goes on as before."""
+    run.save(1)
+
+    def refuse(call: Call) -> None:
+        if call.name == "rename":
+            raise OSError(errno.EIO, "Input/output error")
+
+    with Seam(refuse), pytest.raises(CheckpointWriteError, match="was not changed"):
+        run.directory.pin(1)
+    run.save(2)
+    run.save(3)
+    assert run.steps() == [2, 3]
 
 
 def test_best_link_shares_its_bytes(run: Run) -> None:

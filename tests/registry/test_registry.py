@@ -90,6 +90,15 @@ def test_latest_is_the_last_commit_whatever_its_step() -> None:
     assert registry.last_sequence == 3
 
 
+def test_a_pin_stays_with_the_name() -> None:
+    """When a save that was under way while it was pinned commits the name again."""
+    registry = registry_of(info(1, name="a.pt"), info(2))
+    registry = registry.with_pin(registry.checkpoints[0], is_pinned=True)
+    assert [each.pinned for each in registry.checkpoints] == [True, False]
+    assert [each.pinned for each in registry.with_checkpoint(info(3, name="a.pt")).checkpoints] == [False, True]
+    assert not registry.with_pin(registry.checkpoints[0], is_pinned=False).checkpoints[0].pinned
+
+
 def test_a_name_committed_again_replaces_its_entry() -> None:
     """And leaves the list of files to delete."""
     registry = registry_of(info(1, name="a.pt"), info(2, name="b.pt")).keeping({2})
@@ -117,7 +126,10 @@ def test_deleted_files_leave_the_list() -> None:
 
 def test_round_trip() -> None:
     registry = registry_of(
-        info(1, math.nan), info(2, -math.inf), replace(info(3, None), train_loss=None), replace(info(4), protected=True)
+        replace(info(1, math.nan), pinned=True),
+        info(2, -math.inf),
+        replace(info(3, None), train_loss=None, pinned=True),
+        replace(info(4), protected=True),
     ).keeping({1, 2, 3, 4})
     registry = replace(registry, pending_deletes=(PendingDelete("old.pt", 7),), last_sequence=9)
     text = encode_registry(registry)

@@ -286,6 +286,15 @@ def test_what_a_directory_always_keeps(best: int | None, protected: list[int], k
     assert retained(KeepNothing(), checkpoints[::-1]) == kept
 
 
+def test_pinned_ones_are_always_kept() -> None:
+    """Damaged or not; and they hold no older damaged one back."""
+    first, second, third, fourth = at_steps(10, 20, 30, 40)
+    pinned = [replace(first, pinned=True), second, replace(third, damaged=True), fourth]
+    assert retained(KeepNothing(), pinned) == {1, 4}
+    assert retained(KeepNothing(), [first, second, replace(third, damaged=True, pinned=True), fourth]) == {3, 4}
+    assert retained(KeepLast(1), pinned) == {1, 4}
+
+
 def test_what_a_directory_keeps_besides() -> None:
     """The policy's choice is added; of nothing, nothing is kept."""
     assert retained(KeepEvery(steps=1000), at_steps(500, 1000, 1500)) == {2, 3}

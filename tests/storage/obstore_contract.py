@@ -15,9 +15,9 @@ from asyncckpt.storage.base import Storage, Upload
 from asyncckpt.storage.obstore_client import ObstoreStorage, _Stores
 from asyncckpt.storage.s3 import split
 from asyncckpt.storage.s3_requests import Connection, S3Requests
-from storage.s3_server import BUCKET
+from storage import test_s3
 from storage.completion_proxy import CompletionProxy, completion_proxy
-from storage.s3_server import KEY, SECRET, S3Server
+from storage.s3_server import BUCKET, KEY, SECRET, S3Server
 
 
 class TestObstore(test_s3.TestS3):

@@ -44,8 +44,13 @@ ALLOWED = {
     "init.py": {"open", "os.listdir", "os.readlink"},  # /proc
     "service/connection.py": {"os.memfd_create", "os.write", "os.pread", "os.fstat", "os.close"},
     "service/memory.py": {".read_text"},  # /proc and /sys
-    "storage/places.py": {".open", ".link"},  # the storage's
+    "image/sparse_file.py": {"os.dup"},  # of a memfd
     "service/saver.py": {"tempfile"},  # the name of the directory for temporary files
+    **dict.fromkeys(("storage/places.py", "storage/obstore_client.py"), {".open", ".link"}),  # the storage's
+    **dict.fromkeys(("storage/fsspec_memory.py", "storage/fsspec_objects.py"), {".open"}),  # fsspec's
+    "storage/fsspec_rename.py": {".open", ".exists"},
+    "storage/sftp.py": {".open", ".mkdir"},  # the server's
+    "storage/sftp_requests.py": {".open"},
     "storage/files.py": {"os.listdir", "os.readlink"},  # /proc/self/fd
     # /proc; received descriptors; its log file
     "service/writer.py": {"open", ".write", "os.close", "os.readlink", "os.fstat", "os.unlink"},
