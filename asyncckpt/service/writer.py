@@ -62,6 +62,7 @@ TIMINGS = ("queue_secs", "checksum_secs", "write_secs", "sync_secs", "commit_sec
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 _BEST_EFFORT_LOWEST = 2 << 13 | 7
 _OOM_SCORE_STEP = 500
+_MAX_CLOSE_SECS = 2.0  # threads that hang must not keep the process
 
 
 def main(connection_fd: int, trainer_fd: int) -> None:
@@ -184,6 +185,10 @@ class Writer:
                 break
             self._take(received)
         self._finish_alone()
+        if self._queue is not None:  # uploads are still being closed, for which no save waits
+            self._queue.stop()
+            for group in self._queue.thread_groups:
+                group.join(_MAX_CLOSE_SECS)
 
     def _finish_alone(self) -> None:
         """The trainer has ended or hung up; what it said before is still to be heard."""
