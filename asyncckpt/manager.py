@@ -619,7 +619,7 @@ class CheckpointManager:
         return self._on_directory(lambda: self._directory.prune(retention), "prune")
 
     def pin(self, step: int) -> list[CheckpointInfo]:
-        """Keep the newest checkpoint of a step, whatever retention and `prune` say, until `unpin`.
+        """Keep the newest checkpoint of a step, whatever retention and `prune` say, until `unpin`; in the mirror too.
 
         It is listed as `pinned`, and a later save of the same step takes another name. Only the registry knows of pins:
         when it is lost, all checkpoints are kept until somebody prunes, but none is pinned any more. Blocks until the
@@ -643,6 +643,8 @@ class CheckpointManager:
         with self._saving:
             self._open()
         changed = self._saver.run_on_worker(change, name, str(self.checkpoint_dir))
+        if self._mirror is not None:
+            self._mirror.poke()
         return [self._directory.locate(info) for info in changed]
 
     # --- the writer process ---

@@ -171,6 +171,24 @@ def test_the_newest_valid_one_of_both_places(make: Make, tmp_path: Path) -> None
     assert model.number == 2
 
 
+@only_by_processes
+def test_pins_hold_in_the_mirror_too(make: Make, reader: CheckpointManager) -> None:
+    """From the moment on that they are known there."""
+    manager = make(max_checkpoints=1)
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+    manager.pin(1)
+    manager.wait(60, tier="mirror")
+    for step in (2, 3):
+        save(manager, step)
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [1, 3]
+    manager.unpin(1)
+    save(manager, 4)
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [4]
+
+
 @only_to_a_directory
 def test_a_restart_catches_up(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
     """What was saved without the mirror comes there with the next run that has one, the oldest first."""

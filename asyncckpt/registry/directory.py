@@ -585,6 +585,16 @@ class CheckpointDirectory:
                 self._write(registry)
         return [replace(info, pinned=is_pinned) for info in chosen] if is_pinned else changed
 
+    def take_pins(self, infos: Iterable[CheckpointInfo]) -> None:
+        """Let those of its checkpoints that are among these be pinned as these are. Blocks; durable on return."""
+        with self._writing, _explained(self.path, "was not changed"):
+            before = registry = self._own_registry()
+            for info in infos:
+                registry = registry.with_pin(info, is_pinned=info.pinned)
+            if registry != before:
+                self.generation = next(_generations)
+                self._write(registry)
+
     def _own_registry(self) -> Registry:
         if self._registry is None:
             raise CheckpointError(f"{self.path} is not open for writing any more")

@@ -7,17 +7,14 @@ two registries alone (the sequence numbers above its last one), so nothing needs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from asyncckpt.errors import CorruptCheckpointError
-from asyncckpt.image.verify import default_num_threads, verify_reader
+from asyncckpt.image.file import open_checkpoint
+from asyncckpt.image.transfer import transferred
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.directory import CheckpointDirectory, Listing
-from asyncckpt.registry.registry import read_description
-from asyncckpt.storage.base import Reader, Storage, Upload
-
-_NUM_THREADS = 4  # each with a piece in memory
+from asyncckpt.registry.recovery import describe_file
+from asyncckpt.storage.base import Storage
 
 
 class Replica:
@@ -34,7 +31,8 @@ class Replica:
         return self._target.registry.last_sequence
 
     def lacking(self) -> Sequence[CheckpointInfo]:
-        """What is to be copied, the oldest first. Opens the replica for writing, where there is something. Blocks.
+        """What is to be copied, the oldest first. Opens the replica for writing, where there is something, and pins there
+        what is pinned in the source. Blocks.
 
         Raises as `CheckpointDirectory.read` and `open_for_writing` do: a directory of another run is left alone.
         """
@@ -44,6 +42,7 @@ class Replica:
         if not self._target.is_open:
             self._target.expect_run(source.run_id)
             self._target.open_for_writing()
+        self._target.take_pins(source.checkpoints)
         last = self._target.own_registry.last_sequence
         return [info for info in source.checkpoints if (info.sequence or 0) > last and not info.damaged]
 
@@ -51,32 +50,18 @@ class Replica:
         """Bring one checkpoint to the replica, verified; listed there, and durable, on return. Blocks.
 
         None if it is gone from the source, or has been replaced there. Raises `CorruptCheckpointError` if it is
-        damaged, and OSError.
+        damaged, `CheckpointNotFoundError` if it goes just now, and OSError.
         """
         name = str(info.filepath)
         path = self._source.path_of(name)
-        try:
-            reader = self._storage.open(path, follow_links=False)
-        except FileNotFoundError:
+        description = describe_file(self._storage, path)
+        if description is None or description.info.sequence != info.sequence:
             return None
-        with reader:
-            report = verify_reader(reader, path, num_threads=default_num_threads())
-            if not report.ok:
-                raise CorruptCheckpointError(f"{path} is damaged, and not mirrored: {report.problems[0]}")
-            description = read_description(report.metadata, reader.num_bytes)
-            if description is None or description.info.sequence != info.sequence:
-                return None
+        with open_checkpoint(self._storage, path, follow_links=False) as reader:
             plain = replace(info, is_best=False, protected=False, num_bytes=reader.num_bytes)
             listing = Listing(self._target, plain, self._target.own_registry.run_id)
-            upload = self._storage.begin(self._target.path_of(name), reader.num_bytes)
-            try:
-                _copy(reader, upload)
-                upload.sync()
+            with transferred(self._storage, reader, path, self._target.path_of(name), None, _unheard) as upload:
                 copied = self._target.record(listing, upload.commit)
-                upload.close()
-            except BaseException:
-                upload.abort()
-                raise
         self._target.delete_pending()
         return self._target.locate(copied)
 
@@ -85,20 +70,5 @@ class Replica:
         self._target.shut()
 
 
-def _copy(reader: Reader, upload: Upload) -> None:
-    """In pieces, several at a time."""
-    piece_bytes = min(upload.piece_bytes, max(reader.num_bytes, 1))
-    buffers = [memoryview(bytearray(piece_bytes)) for _ in range(min(_NUM_THREADS, upload.num_threads))]
-
-    def copy_piece(offset: int) -> None:
-        buffer = buffers.pop()
-        try:
-            view = buffer[: min(piece_bytes, reader.num_bytes - offset)]
-            reader.read_into(offset, view)
-            upload.write(offset, view)
-        finally:
-            buffers.append(buffer)
-
-    with ThreadPoolExecutor(len(buffers), "asyncckpt-mirror") as threads:
-        for _ in threads.map(copy_piece, range(0, reader.num_bytes, piece_bytes)):
-            pass
+def _unheard(num_bytes: int) -> None:
+    pass

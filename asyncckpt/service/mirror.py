@@ -53,7 +53,7 @@ class Mirror:
         """Copied to by a thread of this process."""
         mirror = cls(emit)
         mirror._copier = ThreadCopier(Replicator(replica, mirror, nice=nice))
-        mirror._poke()
+        mirror.poke()
         return mirror
 
     @classmethod
@@ -61,7 +61,7 @@ class Mirror:
         """Copied to by a process of its own. Raises OSError when that can't be started."""
         mirror = cls(emit)
         mirror._copier = ProcessCopier(setup, mirror)
-        mirror._poke()
+        mirror.poke()
         return mirror
 
     @classmethod
@@ -92,7 +92,7 @@ class Mirror:
         """The local save has settled."""
         if error is not None and (future := self._futures.pop(sequence, None)) is not None:
             future.set_exception(error)
-        self._poke()
+        self.poke()
 
     def wait(self, timeout: float | None, *, while_down: bool = True) -> bool:
         """Wait until nothing is lacking; False on time-out, or, unless `while_down`, when nothing can be brought there.
@@ -100,7 +100,7 @@ class Mirror:
         Whatever was saved before must be durable locally.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        number = self._poke()
+        number = self.poke()
         while self._caught_up_with < number:
             if deadline is not None and time.monotonic() >= deadline:
                 return False
@@ -124,7 +124,8 @@ class Mirror:
             log_quietly(logging.WARNING, f"the mirror lacks some checkpoints{reason}; the next run brings them there")
         return is_complete
 
-    def _poke(self) -> int:
+    def poke(self) -> int:
+        """Something has changed in the directory. Does not block; the number counts these."""
         with self._lock:
             self._num_pokes += 1
             number = self._num_pokes

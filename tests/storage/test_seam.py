@@ -46,8 +46,10 @@ ALLOWED = {
     "service/memory.py": {".read_text"},  # /proc and /sys
     "image/sparse_file.py": {"os.dup"},  # of a memfd
     "service/saver.py": {"tempfile"},  # the name of the directory for temporary files
-    **dict.fromkeys(("storage/places.py", "storage/obstore_client.py"), {".open", ".link"}),  # the storage's
-    **dict.fromkeys(("storage/fsspec_memory.py", "storage/fsspec_objects.py"), {".open"}),  # fsspec's
+    "storage/places.py": {".open", ".link"},  # the storage's
+    "storage/obstore_client.py": {".open"},
+    "storage/fsspec_memory.py": {".open"},  # fsspec's
+    "storage/fsspec_objects.py": {".open"},
     "storage/fsspec_rename.py": {".open", ".exists"},
     "storage/sftp.py": {".open", ".mkdir"},  # the server's
     "storage/sftp_requests.py": {".open"},
