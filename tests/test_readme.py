@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from storage.s3_server import S3Server, server
+
+__all__ = ["server"]
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -16,22 +20,27 @@ README = (ROOT / "README.md").read_text()
 def scripts() -> list[tuple[str, str]]:
     """Each whole script of the README, with what it is said to print."""
     found = re.findall(r"```python\n(import torch, asyncckpt.*?)```\n\n```text\n(.*?)```", README, re.DOTALL)
-    assert len(found) == 2
+    assert len(found) == 3
     return found
 
 
-def run(command: list[str], directory: Path) -> str:
+def run(command: list[str], directory: Path, **environment: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-W", "error", *command], cwd=directory, capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "error", *command],
+        cwd=directory,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert (result.stderr, result.returncode) == ("", 0)
     return result.stdout
 
 
 @pytest.mark.parametrize(("script", "output"), scripts())
-def test_the_scripts_print_what_is_shown(tmp_path: Path, script: str, output: str) -> None:
+def test_the_scripts_print_what_is_shown(server: S3Server, tmp_path: Path, script: str, output: str) -> None:
     assert len([line for line in script.splitlines() if line.strip()]) <= 12
-    assert run(["-c", script], tmp_path) == output
+    assert run(["-c", script], tmp_path, **server.environment) == output
 
 
 def test_the_manager_goes_on(tmp_path: Path) -> None:

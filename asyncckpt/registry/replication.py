@@ -31,8 +31,8 @@ class Replica:
         return self._target.registry.last_sequence
 
     def lacking(self) -> Sequence[CheckpointInfo]:
-        """What is to be copied, the oldest first. Opens the replica for writing, where there is something, and pins there
-        what is pinned in the source. Blocks.
+        """What is to be copied, the oldest first. Opens the replica for writing, where there is something, and pins
+        there what is pinned in the source. Blocks.
 
         Raises as `CheckpointDirectory.read` and `open_for_writing` do: a directory of another run is left alone.
         """

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # models so small are faster so, above all on a busy machine
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # models so small are faster so, above all on a busy machine
 TINY = ["--layers", "2", "--width", "32", "--heads", "2", "--context", "16", "--device", "cpu"]
 
 
@@ -23,7 +23,12 @@ def command(script: str, *options: str | Path) -> list[str]:
 def run(script: str, *options: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run it; fails unless it ends with exit code 0."""
     completed = subprocess.run(
-        command(script, *options), capture_output=True, text=True, timeout=200, cwd=cwd, env=ONE_THREAD
+        command(script, *options),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=cwd,
+        env={**os.environ, **ONE_THREAD},
     )
     assert completed.returncode == 0, completed.stdout + completed.stderr
     return completed

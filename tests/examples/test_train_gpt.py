@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import statistics
@@ -89,7 +90,7 @@ def test_killed_run_goes_on(uninterrupted: Uninterrupted, tmp_path: Path) -> Non
     """After SIGKILL, `--resume` goes on from the newest whole checkpoint, and every later step is bit-equal."""
     options = ("--save-every", "20", "--checkpoint-dir", tmp_path)
     script = command("train_gpt.py", *OPTIONS, *options)
-    with subprocess.Popen(script, stdout=subprocess.PIPE, text=True, env=ONE_THREAD) as process:
+    with subprocess.Popen(script, stdout=subprocess.PIPE, text=True, env={**os.environ, **ONE_THREAD}) as process:
         assert process.stdout is not None
         durable = (line for line in process.stdout if line.startswith("durable: "))
         next(durable)

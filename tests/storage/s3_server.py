@@ -39,6 +39,16 @@ class S3Server:
             "client_kwargs": {"region_name": "us-east-1"},
         }
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """As every AWS tool takes them."""
+        return {
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
     def client(self) -> s3fs.S3FileSystem:
         """For a look by other means than the code under test."""
         return s3fs.S3FileSystem(**self.options, skip_instance_cache=True, use_listings_cache=False)
