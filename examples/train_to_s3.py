@@ -4,7 +4,7 @@
     python examples/train_to_s3.py s3://bucket/run                      # straight to S3
     python examples/train_to_s3.py s3://bucket/run --local checkpoints  # to a disk first, mirrored in the background
 
-Credentials, region and endpoint are found as every AWS tool finds them: in the environment, in profiles, on the machine.
+Credentials, region and endpoint are found as every AWS tool finds them: in the environment, profiles, on the machine.
 """
 
 from __future__ import annotations
