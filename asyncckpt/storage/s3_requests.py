@@ -46,6 +46,7 @@ _CONFLICT = frozenset({"412", "PreconditionFailed"})
 _PASSING = frozenset(
     {
         *("BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "IncompleteBody", "RequestTimeout"),
+        *("MalformedXML", "InvalidPart", "InvalidPartOrder"),  # what we send is well-formed, and the parts are there
         *("SlowDown", "Throttling", "ConditionalRequestConflict", "OperationAborted"),
     }
 )

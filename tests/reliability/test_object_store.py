@@ -32,8 +32,8 @@ from reliability.gates import SEED, count, report
 
 __all__ = ["server"]
 
-NUM_PLANS = count(25, full=400)
-NUM_KILLS = count(3, full=40)
+NUM_PLANS = count(25, full=300)
+NUM_KILLS = count(3, full=30)
 BUCKET = "gate7"
 PART_BYTES = 5 << 20  # the least that S3 takes
 NUMEL = 1_400_000  # of four bytes: two parts
