@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import secrets
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 from reliability.gates import FULL
 
-from storage.conformance import StorageConformance
+from asyncckpt.storage.base import Storage
+from storage.conformance import StorageConformance, make_content, write_in_pieces
 from storage.object_servers import BUCKET, ObjectServer
 
 PIECE_BYTES = 1 << 20
@@ -60,6 +62,33 @@ class ObjectsConformance(StorageConformance):
             return {path.rstrip("/").rsplit("/", 1)[1] for path in self.client.ls(directory, detail=False)}
         except FileNotFoundError:
             return set()
+
+    @pytest.mark.parametrize("end", ["aborted", "forgotten", "committed"])
+    @pytest.mark.parametrize("old", [None, b"old"])
+    def test_a_large_upload_shows_at_its_commit(
+        self, storage: Storage, place: str, old: bytes | None, end: str
+    ) -> None:
+        """Not while it is sent, and not when nobody wants it any more."""
+        content = make_content(3 * PIECE_BYTES + 1)
+        if old is not None:
+            self.put(f"{place}/file", old)
+        upload = storage.begin(f"{place}/file", len(content))
+        write_in_pieces(upload, memoryview(content)[: 2 * PIECE_BYTES], PIECE_BYTES)
+        assert self.get(f"{place}/file") == old
+        with pytest.raises(OSError, match="parts of the upload are missing"):
+            upload.commit()
+        assert self.get(f"{place}/file") == old
+        if end == "committed":
+            for start in (2 * PIECE_BYTES, 3 * PIECE_BYTES):
+                upload.write(start, memoryview(content)[start : start + PIECE_BYTES])
+            upload.sync()
+            upload.commit()
+            upload.close()
+        elif end == "aborted":
+            upload.abort()
+        del upload
+        gc.collect()
+        assert self.get(f"{place}/file") == (content if end == "committed" else old)
 
     def remove(self, path: str) -> None:
         self.client.rm_file(path)
