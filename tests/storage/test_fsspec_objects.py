@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import secrets
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 from reliability.gates import FULL
 
-from storage.conformance import StorageConformance
+from asyncckpt.storage.base import Storage
+from storage.conformance import StorageConformance, make_content, write_in_pieces
 from storage.object_servers import BUCKET, ObjectServer
 
 PIECE_BYTES = 1 << 20
@@ -60,6 +64,44 @@ class ObjectsConformance(StorageConformance):
             return {path.rstrip("/").rsplit("/", 1)[1] for path in self.client.ls(directory, detail=False)}
         except FileNotFoundError:
             return set()
+
+    @pytest.mark.parametrize("end", ["aborted", "committed"])
+    @pytest.mark.parametrize("old", [None, b"old"])
+    def test_a_large_upload_shows_at_its_commit(
+        self, storage: Storage, place: str, old: bytes | None, end: str
+    ) -> None:
+        """Not while it is sent, and not when nobody wants it any more."""
+        content = make_content(3 * PIECE_BYTES + 1)
+        if old is not None:
+            self.put(f"{place}/file", old)
+        upload = storage.begin(f"{place}/file", len(content))
+        write_in_pieces(upload, memoryview(content)[: 2 * PIECE_BYTES], PIECE_BYTES)
+        assert self.get(f"{place}/file") == old
+        if end == "committed":
+            with pytest.raises(OSError, match="parts of the upload are missing"):
+                upload.commit()
+            assert self.get(f"{place}/file") == old
+            for start in (2 * PIECE_BYTES, 3 * PIECE_BYTES):
+                upload.write(start, memoryview(content)[start : start + PIECE_BYTES])
+            upload.sync()
+            upload.commit()
+            upload.close()
+        else:
+            upload.abort()
+        assert self.get(f"{place}/file") == (content if end == "committed" else old)
+
+    def test_an_upload_left_open_at_exit(self, place: str) -> None:
+        """The process ends, quietly, and its files' own ends publish nothing."""
+        script = (
+            "import json, sys\n"
+            "from asyncckpt.storage.fsspec_objects import ObjectStorage\n"
+            f"upload = ObjectStorage(**json.loads(sys.argv[1])).begin(sys.argv[2], {3 * PIECE_BYTES})\n"
+            f"upload.write(0, memoryview(bytes({PIECE_BYTES})))\n"
+        )
+        command = [sys.executable, "-c", script, json.dumps(self.options), f"{place}/file"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+        assert self.get(f"{place}/file") is None
 
     def remove(self, path: str) -> None:
         self.client.rm_file(path)
