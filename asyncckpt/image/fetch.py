@@ -10,7 +10,7 @@ from asyncckpt.image.arena import Arena
 from asyncckpt.storage.base import Reader
 from asyncckpt.storage.local import LocalReader
 
-_PIECE_BYTES = 8 << 20
+PIECE_BYTES = 8 << 20
 NUM_FETCHING_THREADS = 16  # most of them wait for the network
 
 
@@ -45,10 +45,10 @@ def _fill(fd: int, reader: Reader) -> None:
     try:
 
         def read(offset: int) -> None:
-            reader.read_into(offset, arena.buffer[offset : min(offset + _PIECE_BYTES, reader.num_bytes)])
+            reader.read_into(offset, arena.buffer[offset : min(offset + PIECE_BYTES, reader.num_bytes)])
 
         with ThreadPoolExecutor(NUM_FETCHING_THREADS, "asyncckpt-fetch") as threads:
-            for _ in threads.map(read, range(0, reader.num_bytes, _PIECE_BYTES)):
+            for _ in threads.map(read, range(0, reader.num_bytes, PIECE_BYTES)):
                 pass
     finally:
         arena.close()

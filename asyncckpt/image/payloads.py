@@ -22,7 +22,7 @@ _WORTH_THREADS_BYTES = 16 << 20
 class Payloads:
     """The payloads of an open file that was verified, or is not yet. Thread-safe. `path` is for messages.
 
-    `by_record` has them by their names without the archive's folder.
+    `by_record` has them by their names without the archive's folder. One read takes `piece_bytes` at most.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class Payloads:
         payloads: Sequence[Payload],
         *,
         num_threads: int | None = None,
+        piece_bytes: int = READ_BYTES,
         is_verified: bool = True,
     ) -> None:
         folder = payloads[0].name.partition("/")[0]  # torch looks into the first record's only
@@ -41,6 +42,7 @@ class Payloads:
         self._reader = reader
         self._path = path
         self._num_threads = num_threads or default_num_threads()
+        self._piece_bytes = piece_bytes
         self._is_verified = is_verified
         self._by_offset = {payload.offset: payload for payload in payloads if payload.num_bytes}
 
@@ -79,8 +81,8 @@ class Payloads:
     def _read_part(self, payload: Payload, start: int, view: memoryview) -> int:
         crc = 0
         try:
-            for position in range(0, len(view), READ_BYTES):
-                piece = view[position : position + READ_BYTES]
+            for position in range(0, len(view), self._piece_bytes):
+                piece = view[position : position + self._piece_bytes]
                 self._reader.read_into(payload.offset + start + position, piece)
                 crc = crc32(piece, crc)
         except EOFError as error:

@@ -9,11 +9,11 @@ from types import TracebackType
 
 from asyncckpt.errors import CorruptCheckpointError
 from asyncckpt.image.arena import Arena
-from asyncckpt.image.fetch import memory_file
+from asyncckpt.image.fetch import PIECE_BYTES, memory_file
 from asyncckpt.image.file import BAR_AFTER_SECS, num_reading_threads
 from asyncckpt.image.layout import FOLDER, METADATA_RECORD, Layout, central_directory, local_header
 from asyncckpt.image.payloads import Payloads
-from asyncckpt.image.verify import Payload, layout_of, read_archive
+from asyncckpt.image.verify import READ_BYTES, Payload, layout_of, read_archive
 from asyncckpt.progress import Advance, CountingReader, progress_bar
 from asyncckpt.storage.base import Reader
 from asyncckpt.storage.local import LocalReader
@@ -36,7 +36,14 @@ class SparseFile:
             for record, crc in zip(layout.records, crcs, strict=True)
         ]
         counted = CountingReader(reader, lambda num_bytes: self._advance(num_bytes))
-        self.payloads = Payloads(counted, path, payloads, num_threads=num_reading_threads(reader), is_verified=False)
+        self.payloads = Payloads(
+            counted,
+            path,
+            payloads,
+            num_threads=num_reading_threads(reader),
+            piece_bytes=READ_BYTES if isinstance(reader, LocalReader) else PIECE_BYTES,
+            is_verified=False,
+        )
         self.file = LocalReader.received(memory_file(layout.num_bytes))
         try:
             self._arena = Arena.received(os.dup(self.file.fd))

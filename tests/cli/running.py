@@ -45,10 +45,10 @@ def error_of(*arguments: object) -> str:
     return lines[0]
 
 
-def on_a_terminal(command: Sequence[str], environment: Mapping[str, str] = os.environ) -> tuple[str, bytes]:
-    """Run a command whose stderr is a terminal; its stdout, and what was drawn."""
+def on_a_terminal(command: Sequence[str], added: Mapping[str, str] | None = None) -> tuple[str, bytes]:
+    """Run a command whose stderr is a terminal, `added` to its environment; its stdout, and what was drawn."""
     terminal, its_end = pty.openpty()
-    environment = {**environment, "TERM": "xterm"}
+    environment = {**os.environ, "TERM": "xterm", **(added or {})}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=its_end, env=environment, text=True) as process:
         os.close(its_end)
         drawn = b""

@@ -147,6 +147,28 @@ def test_prune_also_drops_what_was_found_without_a_registry(directory: Path) -> 
     assert {action["file"] for action in pruned["repairs"]} <= {path.name for path in files(directory)}
 
 
+def test_pin_and_unpin(directory: Path, tmp_path: Path) -> None:
+    """What is pinned stays when the rest is pruned, and is listed as such; a step that is not there is an error."""
+    name = files(directory)[0].name
+    assert run("pin", directory, 100).stdout == f"pinned {name}\n"
+    assert [line.split()[-2:] for line in run("list", directory).stdout.splitlines() if name in line] == [
+        [name, "pinned"]
+    ]
+    assert [entry["pinned"] for entry in run_json("list", directory)["checkpoints"]] == [True] + [False] * 4
+    run("prune", directory, "--keep-last", 1)
+    assert steps_in(directory) == [100, 300, 500]
+    assert "has no checkpoint of step 200; it has 100, 300, 500" in error_of("pin", directory, 200)
+    assert run("unpin", directory, 300).stdout == "no checkpoint of step 300 was pinned\n"
+    unpinned = run_json("unpin", directory, 100)
+    assert ([entry["filepath"] for entry in unpinned["checkpoints"]], unpinned["pinned"]) == ([name], False)
+    run("prune", directory, "--keep-last", 1)
+    assert steps_in(directory) == [300, 500]
+    run("pin", directory, "last", code=2)
+    (tmp_path / "empty").mkdir()
+    assert "there are no checkpoints in" in error_of("pin", tmp_path / "empty", 1)
+    assert os.listdir(tmp_path / "empty") == []
+
+
 def test_pruning_an_empty_directory_writes_nothing(tmp_path: Path) -> None:
     """Not even a lock."""
     run("prune", tmp_path, "--keep-last", 1)

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from examples.scripts import run
+from scripts import run
 from storage.s3_server import BUCKET, S3Server, server
 
 __all__ = ["server"]
