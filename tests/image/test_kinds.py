@@ -668,7 +668,7 @@ def _check_with_tools(path: pathlib.Path) -> zipfile.ZipFile:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("streamed", [pytest.param(False, marks=pytest.mark.full), True])
 def test_record_past_4_gib(streamed: bool, tmp_path: pathlib.Path) -> None:
     num_bytes = (4 << 30) + 12_345
     tensor = torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8))  # pages that nobody touches cost nothing
@@ -700,7 +700,7 @@ def test_record_past_4_gib(streamed: bool, tmp_path: pathlib.Path) -> None:
         path.unlink()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(900)
 def test_archive_past_4_gib_with_many_records(tmp_path: pathlib.Path) -> None:
     state = {index: torch.from_numpy(np.zeros(1 << 22, dtype=np.uint8)) for index in range(1100)}

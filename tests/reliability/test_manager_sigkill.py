@@ -26,7 +26,7 @@ from reliability.gates import SEED, count, report
 from reliability.saving_server import Managed, Order
 from reliability.test_sigkill import TIMEOUT_SECS, Server, temporaries
 
-NUM_KILLS = count(200, full=1000)
+NUM_KILLS = count(60, full=1000)
 NUM_KEPT = 2
 LONGEST_RUN_SECS = 0.06
 
