@@ -117,7 +117,7 @@ _REMEDIES = {
 
 # Of a store, whose other errors say themselves what to do.
 _REMOTE_REMEDIES = {
-    **dict.fromkeys((errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED), "the next save tries again"),
+    **dict.fromkeys((errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED), "the next save tries again"),
     errno.EEXIST: "a directory has one writer at a time",
 }
 

@@ -1,7 +1,8 @@
 """What the errors of file systems that fsspec opens mean. No torch.
 
 Every client has errors of its own, few of them OSErrors. Their texts may hold what was sent, so they are not passed on.
-What may pass has an errno that is worth a retry, but never EAGAIN: that is what a lock says that is taken.
+What may pass has an errno that is worth a retry, but never EAGAIN: that is what a lock says that is taken; nor EIO, by
+which a load takes a file for lost, and an older one in its place.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def _meaning(error: Exception, path: str) -> OSError:
     if isinstance(error, TimeoutError) or "Timeout" in name:
         return OSError(errno.ETIMEDOUT, "the server does not answer", path)
     if status >= 500 or status in _PASSING_STATUSES:
-        return OSError(errno.EIO, f"the server can't serve it now (status {status})", path)
+        return OSError(errno.ETIMEDOUT, f"the server can't serve it now (status {status})", path)
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, os.strerror(error.errno), path)
     if isinstance(error, TypeError):  # it names what is too much, or missing
@@ -48,7 +49,7 @@ def _meaning(error: Exception, path: str) -> OSError:
         return OSError(errno.EINVAL, "the storage_options don't fit: some are missing, or make no sense", path)
     if isinstance(error, EOFError) or "Connect" in name or "SSH" in name:
         return OSError(errno.ENETDOWN, f"the connection is lost ({name})", path)
-    return OSError(errno.EIO, f"the server fails ({name}{f', status {status}' if status else ''})", path)
+    return OSError(errno.ETIMEDOUT, f"the server fails ({name}{f', status {status}' if status else ''})", path)
 
 
 def _status(error: Exception) -> int:

@@ -279,4 +279,4 @@ def _explained(error: Exception, operation: str, bucket: str) -> OSError:
         return OSError(errno.ECONNREFUSED, "the store can't be reached: check the endpoint")
     if "kind: Timeout" in text:
         return OSError(errno.ETIMEDOUT, f"{operation}: no answer in time")
-    return OSError(errno.EAGAIN, f"{operation}: {type(error).__name__}")
+    return OSError(errno.ETIMEDOUT, f"{operation}: {type(error).__name__}")

@@ -262,7 +262,10 @@ def checksum_of(text: str) -> int | None:
 
 
 def explained(error: Exception, operation: str, bucket: str) -> OSError:
-    """What an error of the client means, as an OSError with an errno; without the request, which holds secrets."""
+    """What an error of the client means, as an OSError with an errno; without the request, which holds secrets.
+
+    What may pass is never EAGAIN, which a lock says that is taken; nor EIO, by which a load takes a file for lost.
+    """
     cause: BaseException | None = error
     while cause is not None and not hasattr(cause, "response"):
         cause = cause.__cause__
@@ -290,7 +293,7 @@ def _explained_answer(response: Answer, operation: str, bucket: str) -> OSError:
     if code in _WRONG_REGION:
         return OSError(errno.EINVAL, f"the bucket is in another region ({message}); set region_name in client_kwargs")
     if status >= 500 or code in _PASSING:
-        return OSError(errno.EAGAIN, f"{operation}: {message}")
+        return OSError(errno.ETIMEDOUT, f"{operation}: {message}")
     if status in (401, 403):
         return PermissionError(errno.EACCES, f"the store refuses {operation}; {_CREDENTIALS}")
     return OSError(errno.EINVAL, f"{operation}: {message}")
@@ -310,12 +313,12 @@ def _explained_failure(error: Exception, operation: str) -> OSError:
     if isinstance(error, of_client.SSLError):
         return OSError(errno.EPROTO, f"{operation}: no secure connection; check endpoint_url and its certificate")
     if isinstance(error, of_client.HTTPClientError):
-        return OSError(errno.EAGAIN, f"{operation}: {name}")
+        return OSError(errno.ETIMEDOUT, f"{operation}: {name}")
     if isinstance(error, (of_client.BotoCoreError, TypeError, ValueError)):
         return OSError(errno.EINVAL, f"{operation}: {name}; check storage_options and the URL")
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, f"{operation}: {error.strerror or name}")
-    return OSError(errno.EAGAIN, f"{operation}: {name}")
+    return OSError(errno.ETIMEDOUT, f"{operation}: {name}")
 
 
 def _no_bucket(bucket: str) -> OSError:
@@ -325,7 +328,7 @@ def _no_bucket(bucket: str) -> OSError:
 def _may_pass(error: BaseException) -> bool:
     if isinstance(error, (ConflictError, UploadGoneError)) or not isinstance(error, OSError):
         return False
-    return error.errno in (errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET, errno.EPIPE, errno.ECONNREFUSED)
+    return error.errno in (errno.ETIMEDOUT, errno.ECONNRESET, errno.EPIPE, errno.ECONNREFUSED)
 
 
 def _is_enough(state: RetryCallState) -> bool:

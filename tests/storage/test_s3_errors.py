@@ -17,7 +17,8 @@ import torch
 import asyncckpt
 from asyncckpt import AsyncCheckpointSaver, CheckpointManager, CheckpointWriteError
 from asyncckpt.errors import MissingExtraError
-from storage.s3_proxy import S3Proxy, s3_proxy
+from asyncckpt.storage import s3_requests
+from storage.s3_proxy import Fault, S3Proxy, s3_proxy
 from storage.s3_server import S3Server
 
 BUCKET = "errors"
@@ -148,3 +149,30 @@ def test_a_missing_package_is_named(
             manager.load_latest(torch.nn.Linear(2, 2))
     with pytest.raises(MissingExtraError, match=says):
         asyncckpt.load(f"{url}/latest.pt", storage_options=server.options)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_requests, "_MAX_TRIES", 2)
+    monkeypatch.setattr(s3_requests, "_FIRST_PAUSE_SECS", 0.01)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_store_that_fails_for_a_while_is_no_damage(proxy: S3Proxy, place: str) -> None:
+    """A load does not take an older checkpoint because of it, and opening does not take it for another writer."""
+    url, options = f"s3://{BUCKET}/{place}", proxy.server.options
+    proxy.arm(None)
+    model = torch.nn.Linear(2, 2)
+    with CheckpointManager(url, writer="thread", storage_options=options) as manager:
+        for step in (1, 2):
+            manager.save(model, None, epoch=1, global_step=step)
+    with CheckpointManager(url, writer="thread", storage_options=options) as manager:
+        for kind in ("get_object checkpoint", "head_object checkpoint", "get_object registry"):
+            proxy.arm(Fault("refuse", kind, times=100))
+            with pytest.raises(TimeoutError, match=url):
+                manager.load_latest(model)
+        proxy.arm(Fault("refuse", "get_object claim", times=100))
+        with pytest.raises(CheckpointWriteError, match="reduce your request rate"):
+            manager.save(model, None, epoch=1, global_step=3)
+        proxy.arm(None)
+        assert manager.load_latest(model)[1]["global_step"] == 2
