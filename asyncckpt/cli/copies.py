@@ -46,9 +46,10 @@ def _copy_directory(storage: Storage, source: str, destination: str) -> list[Cop
 
 def _copy_file(storage: Storage, source: str, destination: str) -> CopiedFile:
     """Into a directory by its own name, as cp does."""
-    if destination.endswith("/") or is_directory(storage, destination):
-        destination = os.path.join(full_path(destination), os.path.basename(source))
-    destination = file_path(destination)
+    is_into = destination.endswith("/")
+    destination = full_path(destination)
+    if is_into or is_directory(storage, destination):
+        destination = os.path.join(destination, os.path.basename(source))
     if source == destination:
         raise CheckpointError(f"{source} can't be copied onto itself")
     try:

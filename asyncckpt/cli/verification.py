@@ -71,10 +71,10 @@ class Verifier:
             return _damaged(path, str(error))
         return VerifiedFile(report.path, report.ok, report.num_bytes, report.num_records, report.problems)
 
-    def size_of(self, path: str) -> int:
+    def size_of(self, path: str, *, follow_links: bool = True) -> int:
         """0 for what can't be opened."""
         try:
-            with self._storage.open(path) as reader:
+            with self._storage.open(path, follow_links=follow_links) as reader:
                 return reader.num_bytes
         except OSError:
             return 0
@@ -137,7 +137,7 @@ def _verify_directory(storage: Storage, directory: str, verifier: Verifier) -> l
     missing: set[str] = set()
     if damage:
         files.append(_damaged(os.path.join(directory, REGISTRY_NAME), f"{damage}; `asyncckpt repair` rebuilds it"))
-    with progress_bar("verifying", sum(map(verifier.size_of, paths))) as advance:
+    with progress_bar("verifying", sum(verifier.size_of(path, follow_links=False) for path in paths)) as advance:
         for path in paths:
             try:
                 files.append(verifier.verify(path, advance, follow_links=False))

@@ -19,29 +19,33 @@ def fetch(reader: Reader) -> LocalReader:
 
     Blocks. Raises OSError, and EOFError when the file turns out to be shorter.
     """
-    fd = memory_file(reader.num_bytes)
+    file = memory_file(reader.num_bytes)
     try:
         if reader.num_bytes:
-            _fill(fd, reader)
+            _fill(writable(file), reader)
     except BaseException:
-        os.close(fd)
+        file.close()
         raise
-    return LocalReader.received(fd)
+    return file
 
 
-def memory_file(num_bytes: int) -> int:
-    """A file of so many zeros that is nowhere but in memory; zeros that nobody writes take none."""
+def memory_file(num_bytes: int) -> LocalReader:
+    """A file of so many zeros that is nowhere but in memory; those that nobody writes to take none."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("asyncckpt-fetched", os.MFD_CLOEXEC)
     else:
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
     os.ftruncate(fd, num_bytes)
-    return fd
+    return LocalReader.received(fd)
 
 
-def _fill(fd: int, reader: Reader) -> None:
-    arena = Arena.received(os.dup(fd))
+def writable(file: LocalReader) -> Arena:
+    """The bytes of such a file, to be written; to be closed apart from it."""
+    return Arena.received(os.dup(file.fd))
+
+
+def _fill(arena: Arena, reader: Reader) -> None:
     try:
 
         def read(offset: int) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from types import TracebackType
 
 from asyncckpt.errors import CorruptCheckpointError
-from asyncckpt.image.arena import Arena
-from asyncckpt.image.fetch import PIECE_BYTES, memory_file
+from asyncckpt.image.fetch import PIECE_BYTES, memory_file, writable
 from asyncckpt.image.file import BAR_AFTER_SECS, num_reading_threads
 from asyncckpt.image.layout import FOLDER, METADATA_RECORD, Layout, central_directory, local_header
 from asyncckpt.image.payloads import Payloads
@@ -44,9 +42,9 @@ class SparseFile:
             piece_bytes=READ_BYTES if isinstance(reader, LocalReader) else PIECE_BYTES,
             is_verified=False,
         )
-        self.file = LocalReader.received(memory_file(layout.num_bytes))
+        self.file = memory_file(layout.num_bytes)
         try:
-            self._arena = Arena.received(os.dup(self.file.fd))
+            self._arena = writable(self.file)
         except BaseException:
             self.file.close()
             raise

@@ -46,19 +46,14 @@ def full_path(path: str | os.PathLike[str], what: str = "a checkpoint's path") -
 
 
 def is_directory(storage: Storage, path: str) -> bool:
-    """Whether there is a directory at the path; in a store, anything below it."""
+    """Whether there is a directory at the path; in a store, anything below it, and no file at it. Blocks."""
+    if not scheme_of(path):
+        return os.path.isdir(path)
     try:
         with storage.open(path):
             return False
-    except IsADirectoryError:
-        return True
-    except OSError as error:
-        if not isinstance(error, FileNotFoundError):
-            return False
-    try:
+    except FileNotFoundError:
         return bool(storage.list_names(path))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
 
 
 class Places(Storage):

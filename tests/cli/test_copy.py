@@ -274,6 +274,8 @@ def test_what_can_not_be_copied(directory: Path, tmp_path: Path) -> None:
     assert "into itself" in error_of("copy", directory, f"{directory}/")
     assert "onto itself" in error_of("copy", files(directory)[0], directory)
     run("copy", directory, "", code=2)
+    for source in (directory, files(directory)[0]):
+        assert "gs:// is not a kind of storage that is supported" in error_of("copy", source, "gs://bucket/run")
     assert not (tmp_path / "b").exists()
 
 

@@ -106,9 +106,9 @@ def test_a_file_that_training_deletes_meanwhile_is_no_damage(directory: Path, mo
     """It was listed when the command started, and dropped by retention before its turn came."""
     size_of = Verifier.size_of
 
-    def prune_then_size(self: Verifier, path: str) -> int:
+    def prune_then_size(self: Verifier, path: str, *, follow_links: bool = True) -> int:
         upkeep.prune(LocalStorage(), str(directory), KeepLast(1), dry_run=False)
-        return size_of(self, path)
+        return size_of(self, path, follow_links=follow_links)
 
     monkeypatch.setattr(Verifier, "size_of", prune_then_size)
     verified = run_json("verify", directory)
