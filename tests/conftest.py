@@ -8,6 +8,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from storage.s3_server import server
+
+__all__ = ["server"]  # one S3 server for all
 
 
 @pytest.hookimpl(hookwrapper=True)

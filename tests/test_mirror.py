@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from service.disk import wait_for
-from storage.s3_server import BUCKET, S3Server, server
+from storage.s3_server import BUCKET, S3Server
 from torch import nn
 
 import asyncckpt
@@ -24,8 +24,6 @@ from asyncckpt.events import Event
 from asyncckpt.service import replicator
 from asyncckpt.service.mirror import ProcessCopier
 from asyncckpt.storage.places import Places
-
-__all__ = ["server"]
 
 
 class Filled(nn.Module):

@@ -9,9 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from storage.s3_server import S3Server, server
-
-__all__ = ["server"]
+from storage.s3_server import S3Server
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -7,12 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from storage.s3_server import server
 
 from asyncckpt.naming import BEST_NAME
 from cli.directories import BEST, files, make_directory
-
-__all__ = ["server"]
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 from scripts import run
-from storage.s3_server import BUCKET, S3Server, server
-
-__all__ = ["server"]
+from storage.s3_server import BUCKET, S3Server
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import pytest
 import s3fs
 import torch
 from storage.s3_proxy import ANY, HARMS, Fault, Harm, S3Proxy, s3_proxy
-from storage.s3_server import S3Server, server
+from storage.s3_server import S3Server
 
 import asyncckpt
 from asyncckpt import AsyncCheckpointSaver, CheckpointManager, CheckpointWriteError, StorageBusyError
@@ -29,8 +29,6 @@ from asyncckpt.service import worker
 from asyncckpt.storage import places, s3_requests
 from asyncckpt.storage.s3 import S3Storage
 from reliability.gates import SEED, count, report
-
-__all__ = ["server"]
 
 NUM_PLANS = count(25, full=300)
 NUM_KILLS = count(3, full=30)

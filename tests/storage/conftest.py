@@ -1,7 +1,6 @@
 """The servers that the tests of this directory share."""
 
 from storage.object_servers import azure, gcs
-from storage.s3_server import server
 from storage.sftp_server import ssh_server
 
-__all__ = ["azure", "gcs", "server", "ssh_server"]
+__all__ = ["azure", "gcs", "ssh_server"]

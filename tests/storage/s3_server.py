@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import s3fs
+
+if TYPE_CHECKING:
+    import s3fs
 
 BUCKET = "bucket"
 KEY, SECRET = "test", "testtest-canary-9d2f"
@@ -51,6 +53,8 @@ class S3Server:
 
     def client(self) -> s3fs.S3FileSystem:
         """For a look by other means than the code under test."""
+        import s3fs
+
         return s3fs.S3FileSystem(**self.options, skip_instance_cache=True, use_listings_cache=False)
 
 
