@@ -41,6 +41,8 @@ def _meaning(error: Exception, path: str) -> OSError:
         return OSError(errno.ETIMEDOUT, "the server does not answer", path)
     if status >= 500 or status in _PASSING_STATUSES:
         return OSError(errno.ETIMEDOUT, f"the server can't serve it now (status {status})", path)
+    if isinstance(error, OSError) and error.errno is not None and error.errno < 0:  # of the resolver
+        return OSError(errno.ENETUNREACH, f"the server can't be found ({name})", path)
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, os.strerror(error.errno), path)
     if isinstance(error, TypeError):  # it names what is too much, or missing

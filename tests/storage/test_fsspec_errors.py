@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 
 import pytest
 
@@ -40,6 +41,7 @@ class ClientConnectorError(Exception):
         (OSError(errno.ENOSPC, "canary"), OSError, errno.ENOSPC),
         (OSError("canary"), OSError, errno.ETIMEDOUT),
         (TimeoutError("canary"), TimeoutError, errno.ETIMEDOUT),
+        (socket.gaierror(socket.EAI_NONAME, "canary"), OSError, errno.ENETUNREACH),
         (EOFError("canary"), OSError, errno.ENETDOWN),
         (ClientConnectorError("canary"), OSError, errno.ENETDOWN),
         (ServiceRequestError("canary"), OSError, errno.ETIMEDOUT),
