@@ -11,7 +11,7 @@ test: .venv/installed lint  ## lint, types, all tests
 	$(BIN)/python -m pytest
 
 reliability: .venv/installed  ## every gate with its full figure, an hour or two; needs Linux, root and FUSE
-	ASYNCCKPT_FULL=1 $(BIN)/python -m pytest tests/reliability tests/image/test_kinds.py
+	ASYNCCKPT_FULL=1 $(BIN)/python -m pytest tests/reliability tests/image/test_kinds.py tests/service/test_remote_writer.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

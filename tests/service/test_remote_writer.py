@@ -7,6 +7,8 @@ import secrets
 import signal
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 from storage.s3_proxy import Fault, s3_proxy
 from storage.s3_server import BUCKET, S3Server
@@ -50,3 +52,24 @@ def num_parts_in(journals: str) -> int:
     """Of the one upload under way."""
     found = list(Path(journals).glob("*.journal"))
     return len(found[0].read_bytes().splitlines()) - 1 if found else 0
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_an_object_of_6_gib(server: S3Server) -> None:
+    """More than one PUT may hold, from less memory than that: it goes up, comes back, and is what it was."""
+    num_bytes = (6 << 30) + 4321
+    url = f"s3://{BUCKET}/{secrets.token_hex(4)}/large.pt"
+    tensor = torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8))  # pages that nobody touches cost nothing
+    places = torch.tensor([0, 1 << 20, (4 << 30) - 1, 4 << 30, num_bytes - 1])
+    tensor[places] = torch.arange(1, 6, dtype=torch.uint8)
+    options = server.options
+    with asyncckpt.AsyncCheckpointSaver(storage_options=options, memory_limit=256 << 20) as saver:
+        with pytest.warns(UserWarning, match="over memory_limit"):
+            saver.save({"weights": tensor}, url).result(1200)
+    report = asyncckpt.verify(url, storage_options=options)
+    assert (report.ok, report.num_bytes > num_bytes) == (True, True)
+    loaded = asyncckpt.load(url, storage_options=options)["weights"]
+    assert loaded[places].tolist() == [1, 2, 3, 4, 5]
+    assert int(loaded.count_nonzero()) == 5
+    server.client().rm_file(url)
