@@ -64,9 +64,9 @@ def test_an_object_of_6_gib(server: S3Server) -> None:
     places = torch.tensor([0, 1 << 20, (4 << 30) - 1, 4 << 30, num_bytes - 1])
     tensor[places] = torch.arange(1, 6, dtype=torch.uint8)
     options = server.options
-    with asyncckpt.AsyncCheckpointSaver(storage_options=options, memory_limit=256 << 20) as saver:
-        with pytest.warns(UserWarning, match="over memory_limit"):
-            saver.save({"weights": tensor}, url).result(1200)
+    saver = asyncckpt.AsyncCheckpointSaver(storage_options=options, memory_limit=256 << 20)
+    with saver, pytest.warns(UserWarning, match="over memory_limit"):
+        saver.save({"weights": tensor}, url).result(1200)
     report = asyncckpt.verify(url, storage_options=options)
     assert (report.ok, report.num_bytes > num_bytes) == (True, True)
     loaded = asyncckpt.load(url, storage_options=options)["weights"]
