@@ -70,6 +70,7 @@ class DirectoryCopy:
         self._directory = CheckpointDirectory(
             destination, storage, metric=run.monitor_metric, mode=run.monitor_mode, lock_timeout_secs=0.0
         )
+        self._directory.expect_run(run.run_id)
         self.num_bytes = sum(info.num_bytes for info in run.checkpoints)
 
     def run(self, advance: Advance) -> Iterator[CopiedFile]:
@@ -79,7 +80,6 @@ class DirectoryCopy:
         """
         self._directory.open_for_writing()
         try:
-            self._directory.take_run(self._found.registry)
             for info in sorted(self._found.registry.checkpoints, key=_urgency, reverse=True):
                 yield self._copy(info, advance)
         finally:

@@ -541,21 +541,6 @@ class CheckpointDirectory:
             self._registry = self._delete(self._own_registry(), pruned.pending_deletes)
         return dropped
 
-    def take_run(self, registry: Registry) -> None:
-        """Make an empty directory, which is open for writing, one of this registry's run. Blocks; durable on return.
-
-        Nothing changes if it is one already. Raises `CheckpointError` if it is another run's.
-        """
-        with self._writing, _explained(self.path, "can't be written to"):
-            own = self._own_registry()
-            if own.run_id == registry.run_id:
-                return
-            if own.checkpoints or self._is_recorded:
-                raise CheckpointError(f"{self.path} is another run's directory, which is left alone")
-            self.generation = next(_generations)
-            self._write(replace(own, run_id=registry.run_id))
-            self._run_id = registry.run_id
-
     def pin(self, step: int) -> list[CheckpointInfo]:
         """Keep the newest checkpoint of a step whatever retention says; in a list, as it is listed from now on.
 

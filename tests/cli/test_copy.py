@@ -192,14 +192,15 @@ def test_a_destination_that_somebody_writes_to(directory: Path, tmp_path: Path) 
 def test_what_retention_drops_meanwhile(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Is no failure; what is gone though it is listed is one."""
     first = files(directory)[0]
-    take_run = CheckpointDirectory.take_run
+    open_for_writing = CheckpointDirectory.open_for_writing
 
-    def prune_then_take(self: CheckpointDirectory, registry: Any) -> None:
-        take_run(self, registry)
+    def open_and_prune(self: CheckpointDirectory) -> None:
+        open_for_writing(self)
+        patch.undo()
         run("prune", directory, "--keep-last", 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointDirectory, "take_run", prune_then_take)
+        patch.setattr(CheckpointDirectory, "open_for_writing", open_and_prune)
         done = outcomes(directory, tmp_path / "copy")
     assert sorted(done.values()) == ["copied", "copied", "gone", "gone", "gone"]
     assert done[first.name] == "gone"
@@ -275,7 +276,7 @@ def test_what_can_not_be_copied(directory: Path, tmp_path: Path) -> None:
     assert "onto itself" in error_of("copy", files(directory)[0], directory)
     run("copy", directory, "", code=2)
     for source in (directory, files(directory)[0]):
-        assert "gs:// is not a kind of storage that is supported" in error_of("copy", source, "gs://bucket/run")
+        assert "carrier-pigeon://" in error_of("copy", source, "carrier-pigeon://bucket/run")
     assert not (tmp_path / "b").exists()
 
 
