@@ -279,7 +279,7 @@ BUGS: dict[str, Patch] = {
     "temporary files in another directory": patch(temporary, "temporary_path", temporary_path_elsewhere),
     "the registry is written in place": patch(temporary, "create_temporary", create_in_place),
     "temporary files are swept though they are locked": patch_calls(temporary, try_lock=lambda fd: True),
-    "temporary files are never swept": patch(LocalStorage, "sweep", lambda storage, directory: []),
+    "temporary files are never swept": patch(LocalStorage, "sweep", lambda storage, directory, **_: []),
     "readers sweep": patch(CheckpointDirectory, "read", reading_sweeps),
     "what is to be deleted is forgotten when it is dropped": patch(
         directory_module, "encode_registry", encode_without_pending
