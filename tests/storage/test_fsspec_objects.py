@@ -39,7 +39,7 @@ class ObjectsConformance(StorageConformance):
             "options": server.options,
             "piece_bytes": PIECE_BYTES,
             "beat_secs": 0.2,
-            "lease_secs": 1.0,
+            "lease_secs": 3.0,
             **more,
         }
         self.server, self.client = server, server.client()

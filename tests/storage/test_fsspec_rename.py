@@ -15,7 +15,7 @@ from storage.conformance import StorageConformance, put_by_upload
 
 class TestRename(StorageConformance):
     storage_class = "asyncckpt.storage.fsspec_rename:RenameStorage"
-    options: Mapping[str, Any] = {"beat_secs": 0.2, "lease_secs": 1.0}
+    options: Mapping[str, Any] = {"beat_secs": 0.2, "lease_secs": 3.0}
     keeps_what_is_read = False
     sees_who_lives = False
 

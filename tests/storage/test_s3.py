@@ -29,7 +29,7 @@ class TestS3(StorageConformance):
             "options": server.options,
             "least_part_bytes": PART_BYTES,
             "beat_secs": 0.2,
-            "lease_secs": 1.0,
+            "lease_secs": 3.0,
         }
         self.client = server.client()
 

@@ -18,7 +18,7 @@ from asyncckpt.storage.sftp import SFTPStorage
 from storage.conformance import StorageConformance, put_by_upload
 from storage.sftp_server import SFTPServer
 
-CLAIM_SECS = {"beat_secs": 0.2, "lease_secs": 1.0}
+CLAIM_SECS = {"beat_secs": 0.2, "lease_secs": 3.0}
 
 
 @pytest.fixture(scope="module")
