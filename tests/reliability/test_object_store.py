@@ -51,7 +51,7 @@ THEIRS = "theirs/upload.bin"
 @cache
 def storage_at(endpoint: str) -> S3Storage:
     """One client for all, since making one takes as long as all that a plan does with it."""
-    return S3Storage(S3Server(endpoint).options, least_part_bytes=PART_BYTES, beat_secs=0.2, lease_secs=1.0)
+    return S3Storage(S3Server(endpoint).options, least_part_bytes=PART_BYTES, beat_secs=0.2, lease_secs=2.0)
 
 
 def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from storage.conformance import StorageConformance
 
 class TestMemory(StorageConformance):
     storage_class = "asyncckpt.storage.fsspec_memory:MemoryStorage"
-    options: Mapping[str, Any] = {"beat_secs": 0.05, "lease_secs": 0.5}
+    options: Mapping[str, Any] = {"beat_secs": 0.05, "lease_secs": 1.5}
     has_directories = False
 
     # Nobody else can have these files, and nobody who dies leaves any.
