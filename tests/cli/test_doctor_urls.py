@@ -66,7 +66,7 @@ def test_a_good_store(url: str, server: S3Server) -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "found"),
     [
-        ("AWS_SECRET_ACCESS_KEY", "wrong", "check credentials"),
+        ("AWS_SECRET_ACCESS_KEY", "wrong", "check key and secret"),
         ("AWS_ENDPOINT_URL", "http://127.0.0.1:1", "can't be reached"),
     ],
 )

@@ -191,7 +191,7 @@ def nothing_outside_is_opened(directory: Path) -> Iterator[None]:
         if call.name == "open_file" and not call.args[1] & os.O_DIRECTORY:
             follows = not call.args[1] & os.O_NOFOLLOW and not call.args[1] & os.O_EXCL
             path = os.path.realpath(call.path) if follows else call.path
-            if os.path.dirname(path) != str(directory):
+            if str(directory) not in (path, os.path.dirname(path)):
                 opened.append(call.path)
 
     with Seam(look):

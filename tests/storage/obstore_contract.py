@@ -113,7 +113,7 @@ class TestObstore(test_s3.TestS3):
         ("wrong", "message"),
         [
             ({"bucket": "nobucket"}, "no bucket 'nobucket'"),
-            ({"secret": "wrong"}, "check credentials"),
+            ({"secret": "wrong"}, "check key and secret"),
             ({"endpoint": "http://127.0.0.1:9"}, "can't be reached"),
         ],
     )

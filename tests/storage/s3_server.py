@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from storage.background import Background, background
 
 if TYPE_CHECKING:
     import s3fs
@@ -80,16 +80,11 @@ def s3_server(directory: Path) -> Iterator[S3Server]:
         "-s3.port.lance=0",
         "-s3.autoCreateBucket=false",
     ]
-    environment = {**os.environ, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
-    with open(directory / "log", "wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=directory)
-    try:
+    environment = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+    with background(command, directory / "log", environment) as process:
         server = S3Server(f"http://127.0.0.1:{port}")
-        _await(server, process, directory / "log")
+        _await(server, process)
         yield server
-    finally:
-        process.kill()
-        process.wait()
 
 
 def _free_ports() -> int:
@@ -105,12 +100,11 @@ def _free_ports() -> int:
     raise AssertionError("no ports are free")
 
 
-def _await(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:
+def _await(server: S3Server, process: Background) -> None:
     client = server.client()
     deadline = time.monotonic() + _MAX_START_SECS
     while True:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
+        process.check(deadline)
         try:
             client.mkdir(BUCKET)
             return

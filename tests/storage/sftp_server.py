@@ -18,6 +18,8 @@ from typing import Any
 import paramiko
 import pytest
 
+from storage.background import Background, background
+
 _MAX_START_SECS = 30.0
 
 
@@ -81,21 +83,16 @@ def sftp_server(directory: Path) -> Iterator[SFTPServer]:
     }
     (directory / "config").write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
     os.makedirs("/run/sshd", exist_ok=True)  # where root's has no privileges; Debian's service makes it
-    process = subprocess.Popen([program, "-D", "-f", directory / "config", "-E", directory / "log"])
-    try:
+    with background([program, "-D", "-e", "-f", directory / "config"], directory / "log") as process:
         server = SFTPServer(port, directory / "user", directory / "requests", process.pid)
-        _await(server, process, directory / "log")
+        _await(server, process)
         yield server
-    finally:
-        process.kill()
-        process.wait()
 
 
-def _await(server: SFTPServer, process: subprocess.Popen[bytes], log: Path) -> None:
+def _await(server: SFTPServer, process: Background) -> None:
     deadline = time.monotonic() + _MAX_START_SECS
     while True:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
+        process.check(deadline)
         with paramiko.SSHClient() as client:
             client.set_missing_host_key_policy(paramiko.AutoAddPolicy())
             try:

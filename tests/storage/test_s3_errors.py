@@ -142,11 +142,9 @@ def test_a_missing_package_is_named(
     url, says = f"s3://{BUCKET}/{place}", rf"needs {package}: pip install 'asyncckpt\[s3\]'"
     with AsyncCheckpointSaver(storage_options=server.options) as saver, pytest.raises(MissingExtraError, match=says):
         saver.save({}, f"{url}/latest.pt")
-    with CheckpointManager(url, storage_options=server.options) as manager:
+    for way in (save_by_manager, load_by_manager):
         with pytest.raises(MissingExtraError, match=says):
-            manager.save(torch.nn.Linear(2, 2), None, epoch=0, global_step=1, val_loss=1.0)
-        with pytest.raises(MissingExtraError, match=says):
-            manager.load_latest(torch.nn.Linear(2, 2))
+            way(url, server.options)
     with pytest.raises(MissingExtraError, match=says):
         asyncckpt.load(f"{url}/latest.pt", storage_options=server.options)
 
