@@ -666,9 +666,9 @@ def _check_with_tools(path: pathlib.Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("streamed", [pytest.param(False, marks=pytest.mark.full), True])
+@pytest.mark.parametrize("streamed", [False, True])
 def test_record_past_4_gib(streamed: bool, tmp_path: pathlib.Path) -> None:
     num_bytes = (4 << 30) + 12_345
     tensor = torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8))  # pages that nobody touches cost nothing

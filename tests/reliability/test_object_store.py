@@ -30,8 +30,8 @@ from asyncckpt.storage import places, s3_requests
 from asyncckpt.storage.s3 import S3Storage
 from reliability.gates import SEED, count, report
 
-NUM_PLANS = count(25, full=300)
-NUM_KILLS = count(3, full=30)
+NUM_PLANS = count(10, full=300)
+NUM_KILLS = count(2, full=30)
 BUCKET = "gate7"
 PART_BYTES = 5 << 20  # the least that S3 takes
 NUMEL = 1_400_000  # of four bytes: two parts
