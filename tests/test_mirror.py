@@ -355,6 +355,27 @@ os.kill(os.getpid(), signal.SIGKILL)
     wait_for(lambda: not Places(options.get("storage_options")).is_locked(place))
 
 
+@only_by_processes
+def test_the_trainer_is_killed_right_after_staging(there: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    """The writer process commits what was staged, and the mirror's process waits for that, and brings it there."""
+    place, options = there
+    source = f"""
+import os, signal, sys
+sys.path[:0] = {sys.path!r}
+import asyncckpt, torch
+from torch import nn
+manager = asyncckpt.CheckpointManager({str(tmp_path / "here")!r}, 5, mirror={place!r}, writer="process", **{options!r})
+manager.save(nn.Linear(2000, 200), None, 1, 1)
+manager.wait(tier="mirror")
+for step in (2, 3):
+    manager.save(nn.Linear(2000, 2000), None, 1, step)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", source], check=False).returncode == -signal.SIGKILL
+    with CheckpointManager(place, **options) as reader:
+        wait_for(lambda: steps(reader) == [1, 2, 3])
+
+
 @only_to_a_directory
 def test_the_process_is_killed(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
     """Another one takes its place."""

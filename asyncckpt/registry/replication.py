@@ -65,6 +65,10 @@ class Replica:
         self._target.delete_pending()
         return self._target.locate(copied)
 
+    def await_source(self) -> None:
+        """Wait for a writer that finishes the source's checkpoints. See `CheckpointDirectory.await_finishing`."""
+        self._source.await_finishing()
+
     def close(self) -> None:
         """Let the next one write to it."""
         self._target.shut()

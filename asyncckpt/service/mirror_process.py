@@ -57,6 +57,8 @@ class MirrorProcess:
         self._is_orphan = True
         self._connection.shut_down()
         if self._replicator is not None:
+            if not self._is_over:
+                self._replicator.poke_at_last()
             while not self._is_over and not self._replicator.is_caught_up and self._replicator.problem is None:
                 time.sleep(_POLL_SECS)
             self._replicator.stop()

@@ -50,7 +50,7 @@ class Replicator:
         self._replica = replica
         self._listener = listener
         self._nice = nice
-        self._pokes: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._pokes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._newest_poke = 0
         self._caught_up_with = 0
         self._mirrored = 0
@@ -62,12 +62,18 @@ class Replicator:
 
     def poke(self, number: int) -> None:
         """There may be something to copy. Numbers grow."""
-        self._pokes.put(number)
+        self._newest_poke = number
+        self._pokes.put(None)
+
+    def poke_at_last(self) -> None:
+        """The trainer has ended: once nobody finishes its checkpoints any more, copy those too. Blocks until then."""
+        self._replica.await_source()
+        self.poke(self._newest_poke + 1)
 
     def stop(self) -> None:
         """End after the checkpoint that is being copied."""
         self._is_stopped = True
-        self._pokes.put(0)
+        self._pokes.put(None)
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the thread to end; False on time-out."""
@@ -77,7 +83,7 @@ class Replicator:
     @property
     def is_caught_up(self) -> bool:
         """Whether nothing is lacking, as of the last poke."""
-        return self._caught_up_with >= self._newest_poke and self._pokes.empty()
+        return self._caught_up_with >= self._newest_poke
 
     @property
     def problem(self) -> Exception | None:
@@ -88,9 +94,10 @@ class Replicator:
         lower_priority(self._nice)
         pause = 0.0
         while self._await_poke(pause):
+            number = self._newest_poke
             try:
-                self._catch_up()
-                pause, self._problem, self._caught_up_with = 0.0, None, self._newest_poke
+                if self._catch_up():
+                    pause, self._problem, self._caught_up_with = 0.0, None, number
             except (OSError, CheckpointError) as error:
                 pause = min(max(2 * pause, _FIRST_PAUSE_SECS), _MAX_PAUSE_SECS)
                 self._note_problem(error)
@@ -106,20 +113,22 @@ class Replicator:
         while not self._is_stopped and (rest := deadline - time.monotonic()) > 0:
             time.sleep(min(rest, _POLL_SECS))
         if pause == 0.0:
-            self._newest_poke = max(self._newest_poke, self._pokes.get())
+            self._pokes.get()
         while not self._pokes.empty():
-            self._newest_poke = max(self._newest_poke, self._pokes.get())
+            self._pokes.get()
         return not self._is_stopped
 
-    def _catch_up(self) -> None:
+    def _catch_up(self) -> bool:
+        """Copy what is lacking; False if it was stopped before."""
         lacking = [info for info in self._replica.lacking() if info.sequence not in self._damaged]
         self._note_mirrored(lacking)
         for number, info in enumerate(lacking):
             if self._is_stopped:
-                return
+                return False
             self._copy(info)
             self._note_mirrored(lacking[number + 1 :])
             self._tell_progress()
+        return True
 
     def _copy(self, info: CheckpointInfo) -> None:
         assert info.sequence is not None
