@@ -725,10 +725,11 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        deadline = time.monotonic() + self._saver.exit_timeout_secs
         try:
             self._saver.__exit__(kind, error, traceback)
         finally:
-            self._close_mirror(None)
+            self._close_mirror(deadline)
             self._give_back(None)
 
 

@@ -36,6 +36,7 @@ def looks_at_nothing(payloads: Payloads, map_location: MapLocation) -> bool:
 
 
 def is_on_host(map_location: MapLocation) -> bool:
+    """Whether everything stays in host memory, or is not read at all ("meta")."""
     return map_location in ("cpu", "meta", torch.device("cpu"), torch.device("meta"))
 
 
@@ -51,12 +52,14 @@ def read_checked(payloads: Payloads, map_location: MapLocation, *, weights_only:
 
 
 def map_file(reader: LocalReader, path: str, map_location: MapLocation, *, weights_only: bool) -> Any:
+    """What torch.load makes of an open file that has been checked, its tensors mapped, privately."""
     name = _descriptor_path(reader, path)
     with _private_mapping():
         return torch.load(name, map_location=map_location, weights_only=weights_only, mmap=True)
 
 
 def read_legacy(reader: LocalReader, path: str, map_location: MapLocation, *, weights_only: bool) -> Any:
+    """Into memory, from torch's format without checksums."""
     name = _descriptor_path(reader, path)
     return torch.load(name, map_location=map_location, weights_only=weights_only, mmap=False)
 

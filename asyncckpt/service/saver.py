@@ -175,7 +175,7 @@ class AsyncCheckpointSaver:
         self._callbacks = ThreadGroup("callback", 1)
         self.emit = _emitter(on_event, self._callbacks)
         self._max_consecutive_failures = max_consecutive_failures
-        self._exit_timeout_secs = exit_timeout_secs
+        self.exit_timeout_secs = exit_timeout_secs
         self._exit_deadline: float | None = None
 
         self._lock = threading.RLock()  # guards what follows; reentrant, since signal handlers may save
@@ -199,6 +199,7 @@ class AsyncCheckpointSaver:
             self.storage.journals,
         )
         self._is_left = False  # to the writer process
+        self._has_told_of_threads = False
         with contextlib.ExitStack() as started:  # there may be no memory for one more thread
             started.callback(self._callbacks.stop)
             self._queue: SaveQueue | ProcessQueue = SaveQueue(
@@ -416,10 +417,10 @@ class AsyncCheckpointSaver:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is None:
-            self.close(self._exit_timeout_secs)
+            self.close(self.exit_timeout_secs)
             return
         try:
-            self.close(self._exit_timeout_secs)
+            self.close(self.exit_timeout_secs)
         except Exception:
             # The body's own error is the one to raise; failed saves are in the log already.
             logger.exception("saves failed while another error was on its way")
@@ -429,8 +430,8 @@ class AsyncCheckpointSaver:
     def _save(self, request: _Request) -> SaveHandle:
         started = time.perf_counter()
         self.check_usable()
-        if not self.storage.is_near(request.path) and self.storage.is_shared(request.path):
-            self.use_writer_process()  # a network is no business of a process whose GIL is busy
+        if not self.storage.is_near(request.path):
+            self._leave_network_to_process(request.path)
         handle = SaveHandle(request.path, self._callbacks.put)
         place: Place | None = None
         snapshot: Snapshot | None = None
@@ -468,9 +469,21 @@ class AsyncCheckpointSaver:
         if streaming:
             handle.wait_staged()  # which it is when all has been written: until then the state must not change
         if exit.is_over():
-            handle.wait_over(self._exit_timeout_secs)  # nobody else will wait for it
+            handle.wait_over(self.exit_timeout_secs)  # nobody else will wait for it
         handle.timings.blocked_secs = time.perf_counter() - started
         return handle
+
+    def _leave_network_to_process(self, path: str) -> None:
+        """A network is no business of a process whose GIL is busy."""
+        if self.storage.is_shared(path):
+            self.use_writer_process()
+        elif self.writer == "auto" and not self._has_told_of_threads:
+            self._has_told_of_threads = True
+            log_quietly(
+                logging.WARNING,
+                f"{path}: another process can't open this as this one does (by class or storage_options): threads "
+                "write it, and don't outlive the trainer",
+            )
 
     def _plan(self, request: _Request, timings: Timings) -> Plan:
         started = time.perf_counter()
@@ -607,7 +620,7 @@ class AsyncCheckpointSaver:
 
     def flush_at_exit(self, *, final: bool) -> bool:
         if self._exit_deadline is None:
-            self._exit_deadline = time.monotonic() + self._exit_timeout_secs
+            self._exit_deadline = time.monotonic() + self.exit_timeout_secs
         try:
             self.wait(_remaining(self._exit_deadline))
         except WaitTimeoutError as error:
@@ -616,7 +629,7 @@ class AsyncCheckpointSaver:
             if self._queue.is_handed_over:
                 log_quietly(logging.WARNING, f"at exit: the writer process goes on: {error}")
                 return True
-            when = "" if self._is_left else f", after {self._exit_timeout_secs} s"
+            when = "" if self._is_left else f", after {self.exit_timeout_secs} s"
             log_quietly(logging.ERROR, f"at exit{when}: {error}")
             return False
         except BaseException as error:
