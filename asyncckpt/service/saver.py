@@ -430,8 +430,7 @@ class AsyncCheckpointSaver:
     def _save(self, request: _Request) -> SaveHandle:
         started = time.perf_counter()
         self.check_usable()
-        if not self.storage.is_near(request.path):
-            self._leave_network_to_process(request.path)
+        self._choose_writer(request.path)
         handle = SaveHandle(request.path, self._callbacks.put)
         place: Place | None = None
         snapshot: Snapshot | None = None
@@ -473,10 +472,11 @@ class AsyncCheckpointSaver:
         handle.timings.blocked_secs = time.perf_counter() - started
         return handle
 
-    def _leave_network_to_process(self, path: str) -> None:
-        """A network is no business of a process whose GIL is busy."""
+    def _choose_writer(self, path: str) -> None:
+        """A network is no business of a process whose GIL is busy; but not every place can be had in another one."""
         if self.storage.is_shared(path):
-            self.use_writer_process()
+            if not self.storage.is_near(path):
+                self.use_writer_process()
         elif self.writer == "auto" and not self._has_told_of_threads:
             self._has_told_of_threads = True
             log_quietly(
