@@ -483,7 +483,7 @@ class CheckpointDirectory:
         info = listing.info
         with self._writing:
             self.generation = next(_generations)
-            registry = self._with(info)
+            before, registry = self._own_registry(), self._with(info)
             if not self.is_open:
                 self._check_place(registry.run_id)
             contents = encode_registry(registry)
@@ -505,6 +505,7 @@ class CheckpointDirectory:
                 upload.abort()
                 raise
             self._registry, self._is_recorded = registry, True
+            self._tell_of_unmirrored(before, registry)
             self._link_best()
             self._reserved.discard(str(info.filepath))
         return next((kept for kept in registry.checkpoints if kept.sequence == info.sequence), info)
@@ -526,7 +527,8 @@ class CheckpointDirectory:
         self.open_for_writing()
         with self._writing, _explained(self.path, "was not pruned"):
             self.generation = next(_generations)
-            pruned, dropped = self._pruned(self._own_registry().with_damaged(self._damaged), retention)
+            before = self._own_registry()
+            pruned, dropped = self._pruned(before.with_damaged(self._damaged), retention)
             try:
                 self._write(pruned)
             except OSError as error:
@@ -537,6 +539,7 @@ class CheckpointDirectory:
                 self._registry, self._is_recorded = pruned, False
                 pruned = self._delete(pruned, pruned.pending_deletes)
                 self._write(pruned)
+            self._tell_of_unmirrored(before, pruned)
             self._link_best()
             self._registry = self._delete(self._own_registry(), pruned.pending_deletes)
         return dropped
@@ -601,12 +604,18 @@ class CheckpointDirectory:
             total += info.num_bytes
             if info.sequence is None or info.sequence <= self.mirrored:
                 break
-            if total <= self.mirror_backlog_bytes:
-                awaited.add(info.sequence)
-            elif info.sequence not in kept:
-                detail = f"dropped before it was mirrored: over {self.mirror_backlog_bytes:,} bytes wait for the mirror"
-                self._report(logging.ERROR, "mirror_failed", str(info.filepath), detail)
+            if total > self.mirror_backlog_bytes:
+                break
+            awaited.add(info.sequence)
         return kept | awaited
+
+    def _tell_of_unmirrored(self, before: Registry, after: Registry) -> None:
+        """What has just been dropped though the mirror does not have it."""
+        if self.mirrored is not None:
+            for drop in after.pending_deletes:
+                if drop.sequence > self.mirrored and drop not in before.pending_deletes:
+                    over = f"over {self.mirror_backlog_bytes:,} bytes wait for the mirror"
+                    self._report(logging.ERROR, "mirror_failed", drop.name, f"dropped before it was mirrored: {over}")
 
     def _is_there(self, info: CheckpointInfo) -> bool:
         with contextlib.suppress(OSError, CorruptCheckpointError):

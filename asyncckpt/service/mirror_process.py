@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import time
 
 from asyncckpt.events import EventKind
@@ -21,6 +22,7 @@ from asyncckpt.storage.places import Places
 from asyncckpt.threads import logger
 
 _POLL_SECS = 0.05
+_MAX_ENDING_SECS = 10.0
 
 
 def main(connection_fd: int, trainer_fd: int) -> None:
@@ -58,11 +60,18 @@ class MirrorProcess:
         self._connection.shut_down()
         if self._replicator is not None:
             if not self._is_over:
+                self._await_end_of_trainer()
                 self._replicator.poke_at_last()
             while not self._is_over and not self._replicator.is_caught_up and self._replicator.problem is None:
                 time.sleep(_POLL_SECS)
             self._replicator.stop()
             self._replicator.join()
+
+    def _await_end_of_trainer(self) -> None:
+        """Its connections are closed before it counts as ended, which says that its writer is on its own."""
+        poll = select.poll()
+        poll.register(self._trainer_fd, select.POLLIN)
+        poll.poll(_MAX_ENDING_SECS * 1000)
 
     def _take(self, message: messages.ToMirror) -> None:
         if isinstance(message, SetupMirror):
