@@ -6,6 +6,7 @@ when the trainer ends, until nothing is lacking. Where there can be none, a thre
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
@@ -42,8 +43,7 @@ class Mirror:
         self.problem: Exception | None = None
         self.emit = emit
         self._futures: dict[int, Future[CheckpointInfo]] = {}
-        self._lock = threading.Lock()
-        self._num_pokes = 0
+        self._pokes = itertools.count(1)  # its `next` is one act, whatever signals come
         self._caught_up_with = 0
         self._is_closed = False
         self._copier: ThreadCopier | ProcessCopier
@@ -126,9 +126,7 @@ class Mirror:
 
     def poke(self) -> int:
         """Something has changed in the directory. Does not block; the number counts these."""
-        with self._lock:
-            self._num_pokes += 1
-            number = self._num_pokes
+        number = next(self._pokes)
         self._copier.poke(number)
         return number
 
@@ -175,7 +173,7 @@ class ProcessCopier:
         self._thread.start()
 
     def poke(self, number: int) -> None:
-        self._newest_poke = number
+        self._newest_poke = max(self._newest_poke, number)
         if (process := self._process) is not None:
             process.connection.send(messages.encode(Poke(number)))
 

@@ -50,8 +50,9 @@ class Replicator:
         self._replica = replica
         self._listener = listener
         self._nice = nice
-        self._pokes: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._newest_poke = 0
+        self._pokes: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._newest_poke = 0  # for who pokes from one thread, and asks whether that is done
+        self._taken_poke = 0
         self._caught_up_with = 0
         self._mirrored = 0
         self._problem: Exception | None = None
@@ -61,9 +62,9 @@ class Replicator:
         self._thread.start()
 
     def poke(self, number: int) -> None:
-        """There may be something to copy. Numbers grow."""
-        self._newest_poke = number
-        self._pokes.put(None)
+        """There may be something to copy. Numbers grow, but may come in another order."""
+        self._pokes.put(number)
+        self._newest_poke = max(self._newest_poke, number)
 
     def poke_at_last(self) -> None:
         """The trainer has ended: once nobody finishes its checkpoints any more, copy those too. Blocks until then."""
@@ -73,7 +74,7 @@ class Replicator:
     def stop(self) -> None:
         """End after the checkpoint that is being copied."""
         self._is_stopped = True
-        self._pokes.put(None)
+        self._pokes.put(0)
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the thread to end; False on time-out."""
@@ -94,10 +95,9 @@ class Replicator:
         lower_priority(self._nice)
         pause = 0.0
         while self._await_poke(pause):
-            number = self._newest_poke
             try:
                 if self._catch_up():
-                    pause, self._problem, self._caught_up_with = 0.0, None, number
+                    pause, self._problem, self._caught_up_with = 0.0, None, self._taken_poke
             except (OSError, CheckpointError) as error:
                 pause = min(max(2 * pause, _FIRST_PAUSE_SECS), _MAX_PAUSE_SECS)
                 self._note_problem(error)
@@ -113,9 +113,9 @@ class Replicator:
         while not self._is_stopped and (rest := deadline - time.monotonic()) > 0:
             time.sleep(min(rest, _POLL_SECS))
         if pause == 0.0:
-            self._pokes.get()
+            self._taken_poke = max(self._taken_poke, self._pokes.get())
         while not self._pokes.empty():
-            self._pokes.get()
+            self._taken_poke = max(self._taken_poke, self._pokes.get())
         return not self._is_stopped
 
     def _catch_up(self) -> bool:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
+_MAX_LOOKS = 10  # at a small file that somebody keeps replacing
+
 
 class ConflictError(FileExistsError):
     """What is at the path is not the version that was expected there: somebody else has written it."""
@@ -174,15 +176,25 @@ class Storage(ABC):
 
         Raises as `open` does, and OSError when the file is larger, or is cut short while it is read.
         """
-        with self.open(path, follow_links=False) as reader:
-            if reader.num_bytes > max_bytes:
-                raise OSError(errno.EFBIG, f"larger than {max_bytes:,} bytes", path)
-            contents = bytearray(reader.num_bytes)
-            try:
-                reader.read_into(0, memoryview(contents))
-            except EOFError as error:
-                raise OSError(errno.EIO, str(error), path) from error
-            return bytes(contents)
+        return self.read_version(path, max_bytes)[0]
+
+    def read_version(self, path: str, max_bytes: int) -> tuple[bytes, str]:
+        """As `read`, with the version that these are the contents of. What is replaced meanwhile is read anew."""
+        for _ in range(_MAX_LOOKS):
+            with self.open(path, follow_links=False) as reader:
+                if reader.num_bytes > max_bytes:
+                    raise OSError(errno.EFBIG, f"larger than {max_bytes:,} bytes", path)
+                contents = bytearray(reader.num_bytes)
+                try:
+                    reader.read_into(0, memoryview(contents))
+                except EOFError as error:
+                    raise OSError(errno.EIO, str(error), path) from error
+                except OSError as error:
+                    if error.errno != errno.ESTALE:
+                        raise
+                    continue
+                return bytes(contents), reader.version
+        raise OSError(errno.ESTALE, "it was replaced whenever it was read", path)
 
     def replace(self, path: str, contents: bytes, *, expected: str | None = None) -> str:
         """Write a small file in one act, making its directories as needed; durable on return. Its version. Blocks.

@@ -201,22 +201,15 @@ def _sign_of_life(storage: Storage, path: str) -> str:
         return storage.read(path, _MAX_CLAIM_BYTES).decode("utf-8", "replace")
     except FileNotFoundError:
         return ""
-    except OSError as error:
-        if error.errno == errno.ESTALE:
-            return "replaced while it was read"
-        raise
 
 
 def _read(storage: Storage, path: str) -> tuple[str, _Record | None]:
     """The claim there is, with its version. One that makes no sense is somebody's all the same."""
     try:
-        reader = storage.open(path)
+        contents, version = storage.read_version(path, _MAX_CLAIM_BYTES)
     except FileNotFoundError:
         return "", None
-    with reader:
-        contents = bytearray(min(reader.num_bytes, _MAX_CLAIM_BYTES))
-        reader.read_into(0, memoryview(contents))
     try:
-        return reader.version, msgspec.json.decode(contents, type=_Record)
+        return version, msgspec.json.decode(contents, type=_Record)
     except msgspec.MsgspecError:
-        return reader.version, _Record(0, "", "somebody whose claim makes no sense")
+        return version, _Record(0, "", "somebody whose claim makes no sense")

@@ -365,6 +365,25 @@ class StorageConformance(ABC):
         with pytest.raises(OSError, match="ends at byte 5"):
             storage.read(f"{place}/file", 1000)
 
+    def test_a_small_file_that_is_replaced_while_it_is_read(
+        self, storage: Storage, place: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Is one of the two, whole: a registry is read while somebody writes it."""
+        path = f"{place}/file"
+        storage.replace(path, b"old content")
+        open_file, num_opened = storage.open, 0
+
+        def open_and_replace(path: str, *, follow_links: bool = True) -> Reader:
+            nonlocal num_opened
+            num_opened += 1
+            reader = open_file(path, follow_links=follow_links)
+            if num_opened == 1:
+                storage.replace(path, b"new")
+            return reader
+
+        monkeypatch.setattr(storage, "open", open_and_replace)
+        assert storage.read(path, 1000) == (b"old content" if self.keeps_what_is_read else b"new")
+
     @pytest.mark.parametrize("name", ["missing", "missing/too"])
     def test_reading_nothing(self, storage: Storage, place: str, name: str) -> None:
         """As opening nothing."""
