@@ -22,10 +22,12 @@ import secrets
 import threading
 import time
 import weakref
+from abc import abstractmethod
+from collections.abc import Collection
 
 import msgspec
 
-from asyncckpt.naming import ALIVE_NAME, CLAIM_NAME
+from asyncckpt.naming import ALIVE_NAME, CLAIM_NAME, is_temporary_name
 from asyncckpt.storage.base import ConflictError, Lock, Storage
 from asyncckpt.threads import log_quietly
 
@@ -213,3 +215,43 @@ def _read(storage: Storage, path: str) -> tuple[str, _Record | None]:
         return version, msgspec.json.decode(contents, type=_Record)
     except msgspec.MsgspecError:
         return version, _Record(0, "", "somebody whose claim makes no sense")
+
+
+class ClaimedStorage(Storage):
+    """Storage far away, without locks: claims stand in for them, and only who has one knows that no other lives."""
+
+    def __init__(self, **claim_secs: float) -> None:
+        self._claim_secs = claim_secs
+
+    def lock(self, directory: str, holder: str) -> Lock:
+        return take_claim(self, directory, holder, **self._claim_secs)
+
+    def receive_lock(self, directory: str, share: int | bytes) -> Lock:
+        assert isinstance(share, bytes)
+        return Claim.received(self, directory, share, **self._claim_secs)
+
+    def is_locked(self, directory: str) -> bool:
+        return is_claimed(self, directory)
+
+    def is_near(self, directory: str) -> bool:
+        return False
+
+    def sweep(self, directory: str, *, has_lock: bool = False) -> list[str]:
+        if not has_lock:
+            return []
+        alive, swept = self.alive_names(), list[str]()
+        with contextlib.suppress(OSError):
+            for name in self.list_names(directory):
+                if is_temporary_name(name) and name not in alive:
+                    path = f"{directory}/{name}"
+                    with contextlib.suppress(OSError):
+                        swept += [path] * self.sweep_file(path)
+        return swept
+
+    @abstractmethod
+    def alive_names(self) -> Collection[str]:
+        """Temporary names that are still in use, or may be again."""
+
+    @abstractmethod
+    def sweep_file(self, path: str) -> bool:
+        """Remove what a dead writer has left under a temporary name; False if it is not ours. Raises OSError."""

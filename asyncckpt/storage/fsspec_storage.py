@@ -10,19 +10,18 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from asyncckpt.naming import is_temporary_name
 from asyncckpt.paths import scheme_of
-from asyncckpt.storage.base import Lock, Reader, Storage, committing
-from asyncckpt.storage.claim import Claim, is_claimed, take_claim
+from asyncckpt.storage.base import Lock, Reader, committing
+from asyncckpt.storage.claim import ClaimedStorage
 from asyncckpt.storage.fsspec_errors import explained
 from asyncckpt.storage.fsspec_files import RangeReader, Temporary
 from asyncckpt.threads import log_quietly
 
 
-class FsspecStorage(Storage):
+class FsspecStorage(ClaimedStorage):
     """Files in one kind of file system. `options` are those of fsspec's class for it; nothing is asked before use.
 
     `is_elsewhere_too` says whether another process can open the same file system by the same scheme and options.
@@ -31,9 +30,9 @@ class FsspecStorage(Storage):
     def __init__(
         self, options: Mapping[str, Any] | None = None, *, is_elsewhere_too: bool = True, **claim_secs: float
     ) -> None:
+        super().__init__(**claim_secs)
         self._options = dict(options or {})
         self._is_elsewhere_too = is_elsewhere_too
-        self._claim_secs = claim_secs
         self._connecting = threading.Lock()
         self._file_systems: dict[tuple[int, str], Any] = {}
 
@@ -104,33 +103,17 @@ class FsspecStorage(Storage):
 
     def lock(self, directory: str, holder: str) -> Lock:
         _say_that_claims_are_advisory(scheme_of(directory))
-        return take_claim(self, directory, holder, **self._claim_secs)
-
-    def receive_lock(self, directory: str, share: int | bytes) -> Lock:
-        assert isinstance(share, bytes)
-        return Claim.received(self, directory, share, **self._claim_secs)
-
-    def is_locked(self, directory: str) -> bool:
-        return is_claimed(self, directory)
-
-    def is_near(self, directory: str) -> bool:
-        return False
+        return super().lock(directory, holder)
 
     def is_shared(self, directory: str) -> bool:
         return self._is_elsewhere_too
 
-    def sweep(self, directory: str, *, has_lock: bool = False) -> list[str]:
-        if not has_lock:  # it can't be told who is alive
-            return []
-        swept: list[str] = []
-        with contextlib.suppress(OSError):
-            for name in self.list_names(directory):
-                if is_temporary_name(name) and name not in Temporary.alive:
-                    path = f"{directory}/{name}"
-                    with contextlib.suppress(OSError):
-                        self.delete([path])
-                        swept.append(path)
-        return swept
+    def alive_names(self) -> Collection[str]:
+        return Temporary.alive
+
+    def sweep_file(self, path: str) -> bool:
+        self.delete([path])
+        return True
 
 
 _told: set[str] = set()

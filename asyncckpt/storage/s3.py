@@ -22,9 +22,9 @@ from typing import Any
 
 from isal.isal_zlib import crc32, crc32_combine
 
-from asyncckpt.naming import is_temporary_name, temporary_name
-from asyncckpt.storage.base import ConflictError, Lock, Reader, Storage, Upload
-from asyncckpt.storage.claim import Claim, is_claimed, take_claim
+from asyncckpt.naming import temporary_name
+from asyncckpt.storage.base import ConflictError, Reader, Upload
+from asyncckpt.storage.claim import ClaimedStorage
 from asyncckpt.storage.journal import Journal, Journals, Part, UploadRecord
 from asyncckpt.storage.s3_requests import Answer, S3Requests, UploadGoneError, checksum_of, checksum_text
 
@@ -40,7 +40,7 @@ _NUM_THREADS = 8
 _MD5 = re.compile("[0-9a-f]{32}")
 
 
-class S3Storage(Storage):
+class S3Storage(ClaimedStorage):
     """Objects under `s3://bucket/…`, in any store that speaks S3. `options` are s3fs's; nothing is asked before use."""
 
     has_versions = True
@@ -53,10 +53,10 @@ class S3Storage(Storage):
         least_part_bytes: int = _LEAST_PART_BYTES,
         **claim_secs: float,
     ) -> None:
+        super().__init__(**claim_secs)
         self._journals = Journals(journals)
         self.requests = S3Requests(options or {})
         self._least_part_bytes = least_part_bytes
-        self._claim_secs = claim_secs
 
     def begin(self, path: str, num_bytes: int, *, expected: str | None = None) -> Upload:
         piece_bytes = self.piece_bytes(path, num_bytes)
@@ -96,44 +96,21 @@ class S3Storage(Storage):
             return
         copy(self.requests, self.open(source), destination)
 
-    def lock(self, directory: str, holder: str) -> Lock:
-        return take_claim(self, directory, holder, **self._claim_secs)
+    def alive_names(self) -> set[str]:
+        return _alive | self._journals.notes
 
-    def receive_lock(self, directory: str, share: int | bytes) -> Lock:
-        assert isinstance(share, bytes)
-        return Claim.received(self, directory, share, **self._claim_secs)
-
-    def is_locked(self, directory: str) -> bool:
-        return is_claimed(self, directory)
-
-    def is_near(self, directory: str) -> bool:
-        return False
-
-    def sweep(self, directory: str, *, has_lock: bool = False) -> list[str]:
-        if not has_lock:  # it can't be told who is alive
-            return []
-        swept: list[str] = []
-        may_go_on = _alive | self._journals.notes
-        with contextlib.suppress(OSError):
-            for name in self.list_names(directory):
-                if is_temporary_name(name) and name not in may_go_on:
-                    note = f"{directory}/{name}"
-                    with contextlib.suppress(OSError):
-                        swept += [note] * self._sweep(note)
-        return swept
-
-    def _sweep(self, note: str) -> bool:
-        """Abort what the note tells of, and delete it; whether it was a note at all."""
-        path = self.read(note, _MAX_NOTE_BYTES).decode("utf-8", "replace")
-        if os.path.dirname(path) != os.path.dirname(note):
+    def sweep_file(self, path: str) -> bool:
+        """Abort what the note tells of, and delete it."""
+        destination = self.read(path, _MAX_NOTE_BYTES).decode("utf-8", "replace")
+        if os.path.dirname(destination) != os.path.dirname(path):
             return False
-        bucket, key = split(path)
+        bucket, key = split(destination)
         for page in self.requests.pages("list_multipart_uploads", bucket, Prefix=key):
             for upload in page.get("Uploads", ()):
                 if upload["Key"] == key:
                     with contextlib.suppress(UploadGoneError):
                         self.requests.send("abort_multipart_upload", bucket, Key=key, UploadId=upload["UploadId"])
-        self.delete([note])
+        self.delete([path])
         return True
 
 
