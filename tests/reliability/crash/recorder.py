@@ -154,11 +154,12 @@ class Recorder:
         if fd in self._open:
             self.steps.append(Sync(self._open[fd]))
 
-    def _note_make_directory(self, _: None, path: str) -> None:
+    def _note_make_directory(self, _: None, path: str, mode: int = 0o777) -> None:
         self._enter(path, self._new_inode(), is_directory=True)
 
     def _note_link(self, _: None, source: str, destination: str) -> None:
-        self._enter(destination, self._inode_at(source), is_directory=False)
+        if self._place(destination) is not None:
+            self._enter(destination, self._inode_at(source), is_directory=False)
 
     def _note_unlink(self, _: None, path: str) -> None:
         place = self._place(path)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,20 @@ from storage.mounts import memory_directory
 from storage.test_links import WAYS
 from torch import nn
 
-from asyncckpt import AsyncCheckpointSaver, CheckpointManager, CheckpointWriteError, KeepLast, SaveHandle
+from asyncckpt import (
+    AsyncCheckpointSaver,
+    CheckpointInfo,
+    CheckpointManager,
+    CheckpointWriteError,
+    KeepLast,
+    SaveHandle,
+)
 from asyncckpt.naming import REGISTRY_NAME
 from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.service import worker
 from asyncckpt.storage.local import LocalStorage
 from reliability.crash.exploring import Recording, look_at
-from reliability.crash.facts import Found, Opened, Pruned, Pruning, RegistryLost, Retention
+from reliability.crash.facts import Acknowledged, Found, Opened, Pruned, Pruning, RegistryLost, Retention, Submitted
 from reliability.crash.file_systems import (
     RUN,
     TIMEOUT_SECS,
@@ -172,6 +181,35 @@ def pruning(chance: random.Random) -> Recording:
         return managed("prune", recorder, 3)
 
 
+def mirrored(chance: random.Random) -> Recording:
+    """The mirror of a directory that is elsewhere; what counts as acknowledged is what `handle.mirrored` says."""
+    num_kept = chance.choice([1, 2])
+    with memory_directory() as base, memory_directory() as elsewhere, recording(base) as recorder:
+        recorder.note(Retention(num_kept))
+        retention = KeepLast(num_kept)
+        with CheckpointManager(
+            elsewhere / RUN, mirror=base / RUN, mirror_retention=retention, writer="thread", save_rng=False
+        ) as manager:
+            for number, loss in enumerate(any_losses(chance, 5), 1):
+                save_mirrored(recorder, manager, number, loss, chance.choice([FEW, SEVERAL]))
+                if chance.random() < 0.5:
+                    manager.wait(TIMEOUT_SECS, tier="mirror")
+        return managed("a mirror", recorder, num_kept)
+
+
+def save_mirrored(recorder: Recorder, manager: CheckpointManager, number: int, loss: float | None, numel: int) -> None:
+    def note(mirrored: Future[CheckpointInfo]) -> None:
+        info = mirrored.result()
+        recorder.note(Acknowledged(number, os.path.relpath(info.filepath, recorder.base), info.sequence))
+
+    recorder.note(Submitted(number, loss))
+    model = nn.ParameterList([nn.Parameter(torch.full((numel,), float(number)))])
+    handle = manager.save(model, None, epoch=0, global_step=number, val_loss=loss)
+    assert handle is not None
+    assert handle.mirrored is not None
+    handle.mirrored.add_done_callback(note)
+
+
 def lost_registry(chance: random.Random) -> Recording:
     """Somebody has removed the registry: it is rebuilt from the files, which retention leaves alone until a prune."""
     with memory_directory() as base:
@@ -295,6 +333,7 @@ _RUNS: dict[str, Workload] = {
     "concurrent saves": concurrent_saves,
     "same name": same_name,
     "prune": pruning,
+    "mirror": mirrored,
     "lost registry": lost_registry,
     "several blocks, O_DIRECT": many_blocks(direct=True),
     "several blocks, buffered": many_blocks(direct=False),
