@@ -292,6 +292,7 @@ class ProcessQueue:
         if process is None:
             return
         submission = entry.submission
+        submission.handle.is_submitted = True  # before it can be over, for `submit` that is interrupted
         if not entry.is_started:
             planned: PlannedListing | None = None
             if (listing := submission.listing) is not None:

@@ -113,11 +113,14 @@ class SaveQueue:
 
         `handle.is_submitted` says, also after Ctrl-C in here, whether the save is on its way.
         """
+        handle = submission.handle
         try:
             self._submissions.append(submission)
-            submission.handle.is_submitted = True
+            handle.is_submitted = True
             self._workers.put(self._process_next)
         except BaseException:
+            # It was appended, though not marked, if it is still there, or was: who takes one marks it before.
+            handle.is_submitted = submission in self._submissions or handle.is_submitted
             self._workers.put(self._process_next)  # if it had been put, one of the two finds nothing to do
             raise
 
@@ -157,7 +160,9 @@ class SaveQueue:
         with self._lock:  # workers take saves in the order of their turns, so that none waits for ever
             if not self._submissions:
                 return
-            submission = self._submissions.popleft()
+            submission = self._submissions[0]
+            submission.handle.is_submitted = True
+            self._submissions.popleft()
             turn = self._order.enter(os.path.dirname(submission.handle.path))
             watch = self._watchdog.watch(submission.handle.path, submission.handle.timings)
         with watch:

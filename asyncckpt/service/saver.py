@@ -305,7 +305,7 @@ class AsyncCheckpointSaver:
         self.check_not_in_callback("wait")
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._lock:
-            handles = list(self._in_flight)
+            handles = self._submitted()
         pending = [handle for handle in handles if not self._wait_over(handle, deadline)]
         if pending:
             raise WaitTimeoutError(
@@ -313,6 +313,10 @@ class AsyncCheckpointSaver:
                 + (" and others" if len(pending) > 1 else "")
             )
         self._raise_unseen_failures()
+
+    def _submitted(self) -> list[SaveHandle]:
+        """What is in flight, but for what an interrupted thread has still to submit: who waits would wait for ever."""
+        return [handle for handle in self._in_flight if handle.is_submitted]
 
     def _wait_over(self, handle: SaveHandle, deadline: float | None) -> bool:
         """Looks up now and then: what is left to the writer process is not waited for any more."""
@@ -392,19 +396,20 @@ class AsyncCheckpointSaver:
                 raise SaverClosedError("this saver is closed; make another one")
             self._in_flight[handle] = None
             self._queue.run(run, name, path)
+            handle.is_submitted = True
         return outcome.result()
 
     def wait_idle(self, timeout: float | None = None) -> bool:
         """The manager's: wait until nothing is in flight, whatever became of it; False on time-out."""
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._lock:
-            handles = list(self._in_flight)
+            handles = self._submitted()
         return all(handle.wait_over(_remaining(deadline)) for handle in handles)
 
     def call_when_idle(self, action: Callable[[], object]) -> bool:
         """The manager's: call `action` once nothing is in flight any more, at once if that is so: then True."""
         with self._lock:
-            if self._in_flight:
+            if self._submitted():
                 self._when_idle.append(action)
                 return False
         action()
@@ -457,6 +462,8 @@ class AsyncCheckpointSaver:
             self._submit(handle, snapshot, place, request.listing)
         except BaseException:
             if not handle.is_submitted:
+                with self._lock:
+                    self._in_flight.pop(handle, None)
                 if snapshot is not None:
                     snapshot.release()
                 if place is not None:
@@ -516,10 +523,8 @@ class AsyncCheckpointSaver:
             closed = self._closed
             if not closed:
                 self.emit("submitted", handle.path, f"{handle.timings.num_bytes:,} bytes")
+                self._in_flight[handle] = None
                 self._queue.submit(submission)
-                # Only now: a signal handler's wait() must not wait for a save that this thread has still to submit.
-                if not handle.wait_over(0):
-                    self._in_flight[handle] = None
         if closed:
             raise SaverClosedError("the saver was closed while this save was being staged")
 
@@ -558,8 +563,9 @@ class AsyncCheckpointSaver:
         with self._lock:
             handle.mark_over()
             self._in_flight.pop(handle, None)
-            when_idle = [] if self._in_flight else self._when_idle
-            self._when_idle = self._when_idle if self._in_flight else []
+            when_idle: list[Callable[[], object]] = []
+            if not self._submitted():
+                when_idle, self._when_idle = self._when_idle, []
         for action in when_idle:
             action()
 

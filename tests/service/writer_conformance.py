@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dis
 import errno
 import gc
+import itertools
 import json
 import logging
 import os
 import random
 import resource
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -18,6 +21,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -41,6 +45,8 @@ from asyncckpt import (
 )
 from asyncckpt.naming import is_temporary_name
 from asyncckpt.registry.retention import RetentionPolicy
+from asyncckpt.service.process_queue import ProcessQueue
+from asyncckpt.service.queue import SaveQueue
 from service.disk import Disk, wait_for
 
 
@@ -597,9 +603,6 @@ class WriterConformance:
     def test_ctrl_c_in_the_middle_of_saves(self, place: Path) -> None:
         """Whatever was interrupted, every handle settles, every file is whole, and the next save works."""
 
-        class Interrupted(BaseException):
-            pass
-
         def interrupt(*args: object) -> None:
             if interruptible:
                 raise Interrupted
@@ -631,6 +634,27 @@ class WriterConformance:
             saver.save(state(1000), place / "last.pt").result(60)
         assert num_interrupts > 5
         assert all(not is_temporary_name(name) for name in os.listdir(place))
+
+    @pytest.mark.parametrize("is_taken_at_once", [False, True])
+    def test_ctrl_c_at_every_call_of_a_hand_over(self, place: Path, is_taken_at_once: bool) -> None:
+        """A save is either on its way or not: its memory is never given back while somebody means to write it."""
+        num_interrupts = 0
+        with self.saver(max_in_flight=2, when_full="raise") as saver:
+            saver.save(state(0), place / "a.pt").result(60)
+            while True:
+                saved = num_interrupts + 1
+                try:
+                    with interrupted_at(num_interrupts, pause_secs=0.005 if is_taken_at_once else 0.0):
+                        saver.save(state(saved), place / "a.pt")
+                except Interrupted:
+                    num_interrupts += 1
+                    saver.wait(60)  # no save failed
+                    assert number_at(place / "a.pt") in (saved, saved - 1)
+                    both = [saver.save(state(saved), place / name) for name in ("a.pt", "b.pt")]  # there is room again
+                    assert all(handle.result(60).filepath for handle in both)
+                else:
+                    break
+        assert num_interrupts > 5
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Python 3.12: other threads may be running
     def test_forked_children(self, place: Path, disk: Disk) -> None:
@@ -692,6 +716,56 @@ def alarms(handler: Any, first_secs: float, then_secs: float = 0.0) -> Iterator[
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+class Interrupted(BaseException):
+    """What a signal handler raises, wherever the program is."""
+
+
+HAND_OVER = {
+    function.__code__
+    for function in (
+        AsyncCheckpointSaver._submit,
+        SaveQueue.submit,
+        ProcessQueue.submit,
+        ProcessQueue._advance,
+        ProcessQueue._send,
+        ProcessQueue._send_image,
+    )
+}
+
+
+@contextmanager
+def interrupted_at(number: int, pause_secs: float) -> Iterator[None]:
+    """Raise after the `number`-th call that handing over a save makes; other threads have `pause_secs` before that.
+
+    Calls are where the interpreter looks for signals.
+    """
+    calls = itertools.count()
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        if frame.f_code not in HAND_OVER:
+            return None
+        frame.f_trace_opcodes = True
+        names = {instruction.offset: instruction.opname for instruction in dis.get_instructions(frame.f_code)}
+        previous = ""
+
+        def trace_instructions(frame: FrameType, event: str, argument: object) -> Any:
+            nonlocal previous
+            if event == "opcode":
+                is_after_call, previous = previous.startswith("CALL"), names.get(frame.f_lasti, "")
+                if is_after_call and next(calls) == number:
+                    time.sleep(pause_secs)
+                    raise Interrupted
+            return trace_instructions
+
+        return trace_instructions
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
 
 
 @contextmanager
