@@ -6,8 +6,8 @@ condition, so of two writers that claim at a time one is refused. Whoever holds 
 number. No clocks are compared: the waiting is done by who wants it.
 
 A writer that was taken for dead, and is not, is kept from the registry by the registry's own version, which its
-successor has changed first thing. Where there are no versions a claim is advisory: whoever has written his reads it
-again, then at every beat, and stops when it is another's.
+successor has changed first thing. Where there are no versions, or the store takes no notice of conditions, a claim is
+advisory: whoever has written his reads it again, then at every beat, and stops when it is another's.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ LEASE_SECS = 20.0
 _MAX_ENDING_SECS = 1.0
 _NUM_LOOKS = 10  # within a beat
 _MAX_CLAIM_BYTES = 4096
+_NOBODYS_VERSION = f'"{32 * "0"}"'  # of no contents
 
 
 class _Record(msgspec.Struct, frozen=True):
@@ -172,11 +173,44 @@ def take_claim(
     except ConflictError:
         _, found = _read(storage, path)
         raise BlockingIOError(errno.EAGAIN, found.holder if found is not None else "somebody else") from None
-    if not storage.has_versions:  # the second of two has overwritten the first
-        _, found = _read(storage, path)
-        if found is not None and found.token != record.token:
-            raise BlockingIOError(errno.EAGAIN, found.holder)
-    return Claim(storage, directory, record, beat_secs, is_ours=True)
+    claim = Claim(storage, directory, record, beat_secs, is_ours=True)
+    try:
+        if not storage.has_versions or not has_conditions(storage, f"{directory}/{ALIVE_NAME}"):
+            _say_that_it_is_advisory(storage, directory)
+            _, found = _read(storage, path)
+            if found is not None and found.token != record.token:  # the second of two has overwritten the first
+                raise BlockingIOError(errno.EAGAIN, found.holder)
+    except BaseException:
+        claim.release()
+        raise
+    return claim
+
+
+def has_conditions(storage: Storage, path: str) -> bool:
+    """Whether the store binds a write to the version that it is to replace, as it finds when it writes at `path`.
+
+    Blocks for some small writes. Raises OSError when those fail.
+    """
+    storage.replace(path, b"")
+    for expected in ("", _NOBODYS_VERSION):
+        with contextlib.suppress(ConflictError):
+            storage.replace(path, b"", expected=expected)
+            return False
+    return True
+
+
+_told: set[str] = set()
+
+
+def _say_that_it_is_advisory(storage: Storage, directory: str) -> None:
+    place = "/".join(directory.split("/")[:3])
+    if place not in _told:
+        _told.add(place)
+        log_quietly(
+            logging.WARNING if storage.has_versions else logging.INFO,  # of some kinds nobody expects more
+            f"{place} has no conditional writes that can be used here: a second writer is refused, but two that start "
+            "in the same moment may both write for some seconds",
+        )
 
 
 def is_claimed(storage: Storage, directory: str) -> bool:

@@ -7,18 +7,16 @@ writers that start within the same moment both may go on for a few seconds, unti
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from asyncckpt.paths import scheme_of
-from asyncckpt.storage.base import Lock, Reader, committing
+from asyncckpt.storage.base import Reader, committing
 from asyncckpt.storage.claim import ClaimedStorage
 from asyncckpt.storage.fsspec_errors import explained
 from asyncckpt.storage.fsspec_files import RangeReader, Temporary
-from asyncckpt.threads import log_quietly
 
 
 class FsspecStorage(ClaimedStorage):
@@ -101,10 +99,6 @@ class FsspecStorage(ClaimedStorage):
 
     # --- who writes ---
 
-    def lock(self, directory: str, holder: str) -> Lock:
-        _say_that_claims_are_advisory(scheme_of(directory))
-        return super().lock(directory, holder)
-
     def is_shared(self, directory: str) -> bool:
         return self._is_elsewhere_too
 
@@ -114,19 +108,6 @@ class FsspecStorage(ClaimedStorage):
     def sweep_file(self, path: str) -> bool:
         self.delete([path])
         return True
-
-
-_told: set[str] = set()
-
-
-def _say_that_claims_are_advisory(scheme: str) -> None:
-    if scheme not in _told:
-        _told.add(scheme)
-        log_quietly(
-            logging.INFO,
-            f"{scheme}:// has no conditional writes that can be used here: a second writer is refused, but two that "
-            "start in the same moment may both write for some seconds",
-        )
 
 
 def _is_itself(entry: Mapping[str, Any], place: str) -> bool:

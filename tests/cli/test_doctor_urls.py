@@ -167,6 +167,24 @@ def test_conditions_that_are_ignored(ignored: str, place: Place, lacking: Lackin
     assert (finding.status, finding.choice) == (WARNING, "nobody is kept out")
 
 
+@pytest.mark.parametrize("ignored", ["IfNoneMatch", "IfMatch"])
+def test_a_store_that_ignores_conditions_is_told_of(
+    ignored: str, server: S3Server, lacking: Lacking, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By whoever opens a directory for writing there; a second writer is refused all the same."""
+    storage = S3Storage(server.options, beat_secs=0.1, lease_secs=1.0)
+    for ignoring in (False, True):
+        lacking.ignored = {ignored} if ignoring else set()
+        bucket = f"conditions-{secrets.token_hex(4)}"  # once per bucket is enough
+        server.client().mkdir(bucket)
+        directory = f"s3://{bucket}/run"
+        lock = storage.lock(directory, "the first")
+        assert ("no conditional writes" in caplog.text) == ignoring
+        with pytest.raises(BlockingIOError, match="the first"):
+            storage.lock(directory, "the second")
+        lock.release()
+
+
 def test_a_store_that_changes_bytes(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or answers with others."""
     send = S3Requests.send
