@@ -122,6 +122,11 @@ _REMOTE_REMEDIES = {
 }
 
 
+def is_full(error: OSError) -> bool:
+    """Whether there is no room left, on the disk or by quota."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def remedy(error_number: int | None, path: str) -> str:
     """What to do about an error of the system, as the end of a message; "" for one that speaks for itself."""
     text = (_REMOTE_REMEDIES if scheme_of(path) else _REMEDIES).get(error_number or 0)

@@ -19,7 +19,7 @@ CHECKPOINT_SUFFIX = ".pt"
 WRITER_NAME = "asyncckpt-save"
 INIT_NAME = "asyncckpt-run"
 
-_TEMPORARY_NAME = re.compile(r"\.asyncckpt-[0-9a-f]{16}-.*\.tmp", re.DOTALL)
+_TEMPORARY_NAME = re.compile(r"\.asyncckpt-(claimed-)?[0-9a-f]{16}-.*\.tmp", re.DOTALL)
 _MAX_NAME_BYTES = 143  # NAME_MAX of eCryptfs, the least we know
 _MAX_METRIC_CHARS = 40
 
@@ -70,9 +70,12 @@ def printable(text: object) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in str(text))
 
 
-def temporary_name(attempt: str, name: str) -> str:
-    """The temporary file of one attempt (16 hex digits, random) to write `name`; cut to what a name may hold."""
-    prefix, suffix = f".asyncckpt-{attempt}-", ".tmp"
+def temporary_name(attempt: str, name: str, *, is_claimed: bool = False) -> str:
+    """The temporary file of one attempt (16 hex digits, random) to write `name`; cut to what a name may hold.
+
+    `is_claimed` is for who has a claim to the directory: whoever has the next one may know that this attempt is dead.
+    """
+    prefix, suffix = f".asyncckpt-{'claimed-' * is_claimed}{attempt}-", ".tmp"
     room = _MAX_NAME_BYTES - len(prefix) - len(suffix)
     return prefix + name.encode("utf-8", "surrogateescape")[:room].decode("utf-8", "ignore") + suffix
 
@@ -80,3 +83,9 @@ def temporary_name(attempt: str, name: str) -> str:
 def is_temporary_name(name: str) -> bool:
     """Whether `name` is one that `temporary_name` makes."""
     return _TEMPORARY_NAME.fullmatch(name) is not None
+
+
+def is_claimed_name(name: str) -> bool:
+    """Whether it is the temporary name of somebody who had a claim to the directory."""
+    found = _TEMPORARY_NAME.fullmatch(name)
+    return found is not None and bool(found[1])

@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from asyncckpt.errors import (
     CorruptCheckpointError,
     RegistryError,
     SaverClosedError,
+    is_full,
     remedy,
 )
 from asyncckpt.events import EventKind
@@ -33,7 +34,7 @@ from asyncckpt.naming import BEST_NAME, REGISTRY_NAME, numbered_name
 from asyncckpt.paths import as_path
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry import turns
-from asyncckpt.registry.recovery import Survey, describe_file, file_of, survey
+from asyncckpt.registry.recovery import Survey, describe_file, file_of, read_registry, survey
 from asyncckpt.registry.registry import (
     MAX_REGISTRY_BYTES,
     PendingDelete,
@@ -42,7 +43,7 @@ from asyncckpt.registry.registry import (
     encode_registry,
 )
 from asyncckpt.registry.retention import RetentionPolicy, retained
-from asyncckpt.storage.base import Lock, Reader, Storage
+from asyncckpt.storage.base import ConflictError, Lock, Reader, Storage
 from asyncckpt.storage.local import LocalReader
 from asyncckpt.threads import log_quietly
 
@@ -67,7 +68,12 @@ class WriterState:
     is_recorded: bool
     version: str  # of registry.json
     linked_best: int | None
+    linked_version: str  # of the best link
     damaged: frozenset[int]
+
+
+class NameTakenError(CheckpointWriteError):
+    """Another file has the name, which is not this writer's to replace."""
 
 
 _GONE = "its file is gone, so it is listed no more"
@@ -116,6 +122,7 @@ class CheckpointDirectory:
         self._is_recorded = False  # registry.json says the same
         self._version = ""  # of registry.json, where storage has versions: nobody else's is overwritten
         self._linked_best: int | None = None
+        self._linked_version = ""
         self._strangers: frozenset[str] = frozenset()
         self._damaged: frozenset[int] = frozenset()
         self._sequences = itertools.count(1)  # its `next` is one act, whatever signals come
@@ -284,6 +291,7 @@ class CheckpointDirectory:
         for path in self._storage.sweep(self.path, has_lock=True):
             self._report(logging.WARNING, "swept", os.path.basename(path), "left by a writer that died")
         self._version = self._storage.version(self.path_of(REGISTRY_NAME))
+        self._linked_version = self._storage.version(self.path_of(BEST_NAME))
         found = survey(self._storage, self.path, self.metric, self.mode, every_file=True)
         if found.registry.last_sequence > _MOST_COMMITS:
             raise RegistryError(f"{self.path} can't be written to: its checkpoints' numbers are beyond all reason")
@@ -304,7 +312,9 @@ class CheckpointDirectory:
         self._linked_best = found.linked_best
         self._strangers = frozenset(found.strangers)
         self._sequences = itertools.count(max(next(self._sequences), registry.last_sequence + 1))
+        registry = replace(registry, claim=self._lock.claim if self._lock is not None else "")
         self._registry = registry
+        # With a claim always: who had it before, and sleeps, must find the registry changed.
         self._is_recorded = found.recorded is not None and _lists_the_same(registry, found.recorded)
         if not self._is_recorded and (registry.checkpoints or found.recorded is not None or found.damage):
             self._write(registry)
@@ -355,6 +365,8 @@ class CheckpointDirectory:
         if self._continued is None:
             return registry
         run_id, last_sequence = self._continued
+        if last_sequence > _MOST_COMMITS:
+            raise RegistryError(f"{self.path} can't go on with a run whose numbers are beyond all reason")
         if found.recorded is None and not registry.checkpoints:
             registry = replace(registry, run_id=run_id)
         if registry.run_id == run_id:
@@ -392,7 +404,9 @@ class CheckpointDirectory:
         Takes no lock: a signal handler may save, and so ask, in the middle of this.
         """
         registry = self._own_registry()
-        return WriterState(registry, self._is_recorded, self._version, self._linked_best, self._damaged)
+        return WriterState(
+            registry, self._is_recorded, self._version, self._linked_best, self._linked_version, self._damaged
+        )
 
     def share_lock(self) -> int | bytes:
         """What to send to the process that is to hold the lock too: a descriptor, or plain bytes."""
@@ -416,7 +430,8 @@ class CheckpointDirectory:
 
     def _set_state(self, state: WriterState) -> None:
         self._registry, self._is_recorded, self._version = state.registry, state.is_recorded, state.version
-        self._linked_best, self._damaged = state.linked_best, state.damaged
+        self._linked_best, self._linked_version = state.linked_best, state.linked_version
+        self._damaged = state.damaged
         self._reserved -= {str(info.filepath) for info in state.registry.checkpoints}
 
     def note_all_damaged(self, sequences: Iterable[int]) -> None:
@@ -469,6 +484,35 @@ class CheckpointDirectory:
                 "unmounted while the storage did not answer; the next save opens it anew"
             )
 
+    def replaceable(self, name: str) -> str | None:
+        """The version of what a commit under this name may replace, "" being nothing; None without versions. Blocks.
+
+        Raises `NameTakenError` for a file that is not this run's, or is pinned, and `CheckpointWriteError` when another
+        writer has taken the directory over: what that one commits later a commit of this version can't replace.
+        """
+        path = self.path_of(name)
+        version = self._storage.version(path) if self._storage.has_versions(self.path) else None
+        registry = self._own_registry()
+        listed = next((info for info in registry.checkpoints if str(info.filepath) == name), None)
+        if listed is not None and listed.pinned:
+            raise NameTakenError(f"{path} is pinned: it is not overwritten")
+        if listed is None and all(drop.name != name for drop in registry.pending_deletes):
+            self._check_ours(path, registry.run_id)
+        self._check_claim()
+        return version
+
+    def _check_ours(self, path: str, run_id: str) -> None:
+        try:
+            with self._storage.open(path):
+                pass
+        except FileNotFoundError:
+            return
+        with contextlib.suppress(CorruptCheckpointError):
+            description = describe_file(self._storage, path)
+            if description is not None and description.run_id == run_id:
+                return
+        raise NameTakenError(f"{path} is another file, not of this run: it is not overwritten; move it away")
+
     def describe(self, info: CheckpointInfo) -> Mapping[str, object]:
         """What the checkpoint's file is to say of itself."""
         return describe_in_file(self._own_registry(), info)
@@ -484,6 +528,7 @@ class CheckpointDirectory:
         with self._writing:
             self.generation = next(_generations)
             before, registry = self._own_registry(), self._with(info)
+            self._check_claim()
             if not self.is_open:
                 self._check_place(registry.run_id)
             contents = encode_registry(registry)
@@ -494,21 +539,47 @@ class CheckpointDirectory:
                 try:
                     commit()
                 except BaseException:
-                    if self._is_there(info):  # only the last sync failed: it would be nobody's file
-                        self._registry, self._is_recorded = registry, False
+                    self._note_doubtful(before, registry, info)
                     raise
                 self._registry, self._is_recorded = registry, False
-                upload.commit()
-                self._version = upload.version
-                upload.close()
+                try:
+                    upload.commit()
+                    self._version = upload.version
+                    upload.close()
+                except ConflictError:
+                    upload.abort()
+                    self._overwrite(registry)
             except BaseException:
                 upload.abort()
                 raise
             self._registry, self._is_recorded = registry, True
-            self._tell_of_unmirrored(before, registry)
+            self._tell_of_unmirrored(before, registry, self._why_unmirrored())
             self._link_best()
             self._reserved.discard(str(info.filepath))
         return next((kept for kept in registry.checkpoints if kept.sequence == info.sequence), info)
+
+    def finish_recording(self) -> None:
+        """Write what an earlier `record` has committed, and could not list. Blocks; raises OSError."""
+        with self._writing:
+            if not self._is_recorded and (registry := self._own_registry()).checkpoints:
+                self.generation = next(_generations)
+                self._write(registry)
+            self._link_best()
+
+    def make_room(self) -> bool:
+        """The disk is full: drop what is only kept for the mirror, loudly; whether there was something. Blocks.
+
+        Raises OSError, and `CheckpointError`.
+        """
+        if self.retention is None or self.mirrored is None:
+            return False
+        with self._writing:
+            before = self._own_registry()
+            pruned = before.keeping(retained(self.retention, before.checkpoints))
+            if pruned == before:
+                return False
+            self._drop(before, pruned, "the disk is full")
+        return True
 
     def delete_pending(self) -> None:
         """Delete what the recorded registry no longer needs; durable on return. Blocks. Never raises OSError."""
@@ -526,23 +597,26 @@ class CheckpointDirectory:
             return self._pruned(self.registry, retention)[1]
         self.open_for_writing()
         with self._writing, _explained(self.path, "was not pruned"):
-            self.generation = next(_generations)
             before = self._own_registry()
             pruned, dropped = self._pruned(before.with_damaged(self._damaged), retention)
-            try:
-                self._write(pruned)
-            except OSError as error:
-                is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-                if not is_full or not self._is_recorded:  # what is to be kept may not be durable yet
-                    raise
-                # Room first: should we die here, whoever opens the directory next finds these files gone, no more.
-                self._registry, self._is_recorded = pruned, False
-                pruned = self._delete(pruned, pruned.pending_deletes)
-                self._write(pruned)
-            self._tell_of_unmirrored(before, pruned)
-            self._link_best()
-            self._registry = self._delete(self._own_registry(), pruned.pending_deletes)
+            self._drop(before, pruned, self._why_unmirrored())
         return dropped
+
+    def _drop(self, before: Registry, pruned: Registry, why_unmirrored: str) -> None:
+        """Write a registry that drops something, then delete that."""
+        self.generation = next(_generations)
+        try:
+            self._write(pruned)
+        except OSError as error:
+            if not is_full(error) or not self._is_recorded:  # what is to be kept may not be durable yet
+                raise
+            # Room first: should we die here, whoever opens the directory next finds these files gone, no more.
+            self._registry, self._is_recorded = pruned, False
+            pruned = self._delete(pruned, pruned.pending_deletes)
+            self._write(pruned)
+        self._tell_of_unmirrored(before, pruned, why_unmirrored)
+        self._link_best()
+        self._registry = self._delete(self._own_registry(), pruned.pending_deletes)
 
     def pin(self, step: int) -> list[CheckpointInfo]:
         """Keep the newest checkpoint of a step whatever retention says; in a list, as it is listed from now on.
@@ -573,12 +647,13 @@ class CheckpointDirectory:
                 self._write(registry)
         return [replace(info, pinned=is_pinned) for info in chosen] if is_pinned else changed
 
-    def take_pins(self, infos: Iterable[CheckpointInfo]) -> None:
-        """Let those of its checkpoints that are among these be pinned as these are. Blocks; durable on return."""
+    def change_pins(self, pinned: Collection[int], unpinned: Collection[int]) -> None:
+        """Pin the checkpoints with some sequence numbers, unpin others. Blocks; durable on return."""
         with self._writing, _explained(self.path, "was not changed"):
             before = registry = self._own_registry()
-            for info in infos:
-                registry = registry.with_pin(info, is_pinned=info.pinned)
+            for info in before.checkpoints:
+                if info.sequence in pinned or info.sequence in unpinned:
+                    registry = registry.with_pin(info, is_pinned=info.sequence in pinned)
             if registry != before:
                 self.generation = next(_generations)
                 self._write(registry)
@@ -609,19 +684,32 @@ class CheckpointDirectory:
             awaited.add(info.sequence)
         return kept | awaited
 
-    def _tell_of_unmirrored(self, before: Registry, after: Registry) -> None:
+    def _why_unmirrored(self) -> str:
+        return f"over {self.mirror_backlog_bytes:,} bytes wait for the mirror"
+
+    def _tell_of_unmirrored(self, before: Registry, after: Registry, why: str) -> None:
         """What has just been dropped though the mirror does not have it."""
         if self.mirrored is not None:
             for drop in after.pending_deletes:
                 if drop.sequence > self.mirrored and drop not in before.pending_deletes:
-                    over = f"over {self.mirror_backlog_bytes:,} bytes wait for the mirror"
-                    self._report(logging.ERROR, "mirror_failed", drop.name, f"dropped before it was mirrored: {over}")
+                    self._report(logging.ERROR, "mirror_failed", drop.name, f"dropped before it was mirrored: {why}")
 
-    def _is_there(self, info: CheckpointInfo) -> bool:
-        with contextlib.suppress(OSError, CorruptCheckpointError):
-            description = describe_file(self._storage, self.path_of(str(info.filepath)))
-            return description is not None and description.info.sequence == info.sequence
-        return False
+    def _note_doubtful(self, before: Registry, registry: Registry, info: CheckpointInfo) -> None:
+        """The commit has failed. Is the file there all the same, it would be nobody's."""
+        name, sequence = str(info.filepath), info.sequence
+        assert sequence is not None
+        try:
+            description = describe_file(self._storage, self.path_of(name))
+        except CorruptCheckpointError:
+            return
+        except OSError:  # so it is deleted, if it is this one, by what the next registry says
+            drop = PendingDelete(name, sequence)
+            if drop not in before.pending_deletes and all(str(other.filepath) != name for other in before.checkpoints):
+                pending = (*before.pending_deletes, drop)
+                self._registry, self._is_recorded = replace(before, pending_deletes=pending), False
+            return
+        if description is not None and description.info.sequence == sequence:  # only the last sync failed
+            self._registry, self._is_recorded = registry, False
 
     def _pruned(self, registry: Registry, retention: RetentionPolicy | None) -> tuple[Registry, list[CheckpointInfo]]:
         policy = retention or self.retention
@@ -633,21 +721,50 @@ class CheckpointDirectory:
 
     def _write(self, registry: Registry) -> None:
         path = self.path_of(REGISTRY_NAME)
-        self._version = self._storage.replace(path, encode_registry(registry), expected=self._version)
+        try:
+            self._version = self._storage.replace(path, encode_registry(registry), expected=self._version)
+        except ConflictError:
+            self._overwrite(registry)
         self._registry, self._is_recorded = registry, True
+
+    def _overwrite(self, registry: Registry) -> None:
+        """The registry is not the one that we have written last. Nobody else may write it as long as we have the claim:
+        it was removed, or a write of ours has arrived of which we had no answer.
+        """
+        path = self.path_of(REGISTRY_NAME)
+        version = self._storage.version(path)
+        recorded, _ = read_registry(self._storage, self.path)
+        self._check_claim()
+        if recorded is not None and recorded.claim != registry.claim:
+            raise ConflictError(errno.EEXIST, "another writer has written it in the same moment")
+        self._version = self._storage.replace(path, encode_registry(registry), expected=version)
+
+    def _check_claim(self) -> None:
+        if self._lock is not None and self._lock.is_taken_over():
+            raise CheckpointWriteError(
+                f"{self.path} was taken over by another writer, which took this one for dead: nothing is written there "
+                "any more"
+            )
 
     def _link_best(self) -> None:
         """The registry is the truth; the link follows. Of a best one that somebody has deleted it learns here."""
-        while (best := self._own_registry().best) is not None and best.sequence != self._linked_best:
+        while (best := self._own_registry().best) is not None and not self._is_linked(best):
             try:
                 self._storage.link(self.path_of(str(best.filepath)), self.path_of(BEST_NAME))
                 self._linked_best = best.sequence
+                self._linked_version = self._storage.version(self.path_of(BEST_NAME))
             except FileNotFoundError:
                 self._report(logging.WARNING, "recovered", str(best.filepath), _GONE)
                 registry = self._own_registry()
                 self._write(registry.with_checkpoints(info for info in registry.checkpoints if info is not best))
             except OSError as error:
                 raise OSError(error.errno, f"{BEST_NAME} can't be renewed: {error.strerror}") from error
+
+    def _is_linked(self, best: CheckpointInfo) -> bool:
+        """Where files have versions it is looked up: a writer that was taken for dead may have renewed it since."""
+        return best.sequence == self._linked_best and (
+            not self._linked_version or self._storage.version(self.path_of(BEST_NAME)) == self._linked_version
+        )
 
     def _delete(self, registry: Registry, pending: Sequence[PendingDelete]) -> Registry:
         """What could be deleted is off the list; the rest is tried again after the next save."""
@@ -738,4 +855,9 @@ def _explained(path: str, what_failed: str) -> Iterator[None]:
 
 
 def _lists_the_same(a: Registry, b: Registry) -> bool:
-    return (a.checkpoints, a.monitor_metric, a.monitor_mode) == (b.checkpoints, b.monitor_metric, b.monitor_mode)
+    return (a.checkpoints, a.monitor_metric, a.monitor_mode, a.claim) == (
+        b.checkpoints,
+        b.monitor_metric,
+        b.monitor_mode,
+        b.claim,
+    )

@@ -43,7 +43,10 @@ class PendingDelete(NamedTuple):
 
 @dataclass(frozen=True)
 class Registry:
-    """The checkpoints of one run, in order of their commits, with names relative to the directory."""
+    """The checkpoints of one run, in order of their commits, with names relative to the directory.
+
+    `claim` is its writer's, on storage where one can be taken for dead who is not.
+    """
 
     run_id: str
     monitor_metric: str
@@ -51,6 +54,7 @@ class Registry:
     checkpoints: tuple[CheckpointInfo, ...] = ()
     pending_deletes: tuple[PendingDelete, ...] = ()
     last_sequence: int = 0
+    claim: str = ""
 
     @property
     def latest(self) -> CheckpointInfo | None:
@@ -160,6 +164,7 @@ class _Document(msgspec.Struct, kw_only=True):
     best_checkpoint_path: str | None
     checkpoints: list[_Entry]
     pending_deletes: list[_PendingEntry]
+    claim: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class _Head(msgspec.Struct):
@@ -186,6 +191,7 @@ def encode_registry(registry: Registry) -> bytes:
         best_checkpoint_path=BEST_NAME if best else None,
         checkpoints=[_to_entry(info) for info in registry.checkpoints],
         pending_deletes=[_PendingEntry(*pending) for pending in registry.pending_deletes],
+        claim=registry.claim or msgspec.UNSET,
     )
     return msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
 
@@ -230,6 +236,7 @@ def _to_registry(document: _Document) -> Registry:
         document.monitor_mode,
         pending_deletes=tuple(PendingDelete(pending.name, pending.sequence) for pending in document.pending_deletes),
         last_sequence=document.last_sequence,
+        claim=document.claim or "",
     )
     return registry.with_checkpoints(map(_from_entry, document.checkpoints))
 

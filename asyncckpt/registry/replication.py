@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from asyncckpt.errors import CheckpointError
 from asyncckpt.image.file import open_checkpoint
 from asyncckpt.image.transfer import transferred
 from asyncckpt.records import CheckpointInfo
@@ -24,6 +25,7 @@ class Replica:
         self._source = source
         self._storage = storage
         self._target = target
+        self._pinned: frozenset[int] = frozenset()  # in the source, when it was read last
 
     @property
     def last_sequence(self) -> int:
@@ -34,7 +36,8 @@ class Replica:
         """What is to be copied, the oldest first. Opens the replica for writing, where there is something, and pins
         there what is pinned in the source. Blocks.
 
-        Raises as `CheckpointDirectory.read` and `open_for_writing` do: a directory of another run is left alone.
+        Raises as `CheckpointDirectory.read` and `open_for_writing` do: a directory of another run is left alone, and so
+        is one that has other checkpoints of this run under the same numbers (`CheckpointError`).
         """
         source = self._source.read().registry
         if not source.checkpoints:
@@ -42,15 +45,41 @@ class Replica:
         if not self._target.is_open:
             self._target.expect_run(source.run_id)
             self._target.open_for_writing()
-        self._target.take_pins(source.checkpoints)
+        self._target.finish_recording()
+        self._target.delete_pending()
+        self._check_same(source.checkpoints)
+        self._take_pins(source.checkpoints)
         last = self._target.own_registry.last_sequence
         return [info for info in source.checkpoints if (info.sequence or 0) > last and not info.damaged]
+
+    def find(self, sequence: int) -> CheckpointInfo | None:
+        """What the replica has under this number, as of the last look; None if nothing."""
+        infos = self._target.own_registry.checkpoints
+        return next((self._target.locate(info) for info in infos if info.sequence == sequence), None)
+
+    def _check_same(self, infos: Sequence[CheckpointInfo]) -> None:
+        """Two trainers, each with a directory of its own and one mirror, number their checkpoints alike."""
+        there = {info.sequence: info for info in self._target.own_registry.checkpoints}
+        for info in infos:
+            other = there.get(info.sequence)
+            if other is not None and (other.timestamp, other.filepath) != (info.timestamp, info.filepath):
+                raise CheckpointError(
+                    f"{self._target.path} has {other.filepath} where {self._source.path} has {info.filepath}: another "
+                    "trainer went on with the same run, or an old directory came back; give this one another mirror"
+                )
+
+    def _take_pins(self, infos: Sequence[CheckpointInfo]) -> None:
+        """Pin what is pinned, and unpin what no longer is; what was pinned in the replica itself stays so."""
+        pinned = frozenset(info.sequence for info in infos if info.pinned and info.sequence is not None)
+        self._target.change_pins(pinned, self._pinned - pinned)
+        self._pinned = pinned
 
     def copy(self, info: CheckpointInfo) -> CheckpointInfo | None:
         """Bring one checkpoint to the replica, verified; listed there, and durable, on return. Blocks.
 
         None if it is gone from the source, or has been replaced there. Raises `CorruptCheckpointError` if it is
-        damaged, `CheckpointNotFoundError` if it goes just now, and OSError.
+        damaged, `NameTakenError` if another file has its name in the replica, `CheckpointNotFoundError` if it goes just
+        now, and OSError.
         """
         name = str(info.filepath)
         path = self._source.path_of(name)
@@ -60,7 +89,8 @@ class Replica:
         with open_checkpoint(self._storage, path, follow_links=False) as reader:
             plain = replace(info, is_best=False, protected=False, num_bytes=reader.num_bytes)
             listing = Listing(self._target, plain, self._target.own_registry.run_id)
-            with transferred(self._storage, reader, path, self._target.path_of(name), None, _unheard) as upload:
+            replaced = self._target.replaceable(name)
+            with transferred(self._storage, reader, path, self._target.path_of(name), replaced, _unheard) as upload:
                 copied = self._target.record(listing, upload.commit)
         self._target.delete_pending()
         return self._target.locate(copied)

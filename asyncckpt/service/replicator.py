@@ -16,7 +16,7 @@ from typing import Protocol
 from asyncckpt.errors import CheckpointError, CorruptCheckpointError
 from asyncckpt.events import EventKind
 from asyncckpt.records import CheckpointInfo
-from asyncckpt.registry.directory import CheckpointDirectory
+from asyncckpt.registry.directory import CheckpointDirectory, NameTakenError
 from asyncckpt.registry.replication import Replica
 from asyncckpt.registry.retention import RetentionPolicy
 from asyncckpt.service.messages import SetupMirror
@@ -57,7 +57,8 @@ class Replicator:
         self._mirrored = 0
         self._problem: Exception | None = None
         self._is_stopped = False
-        self._damaged: set[int] = set()
+        self._given_up: set[int] = set()
+        self._doubtful: int | None = None  # the number of what was being copied last, until that is known to be there
         self._thread = threading.Thread(target=self._run, name="asyncckpt-replicator", daemon=True)
         self._thread.start()
 
@@ -120,7 +121,8 @@ class Replicator:
 
     def _catch_up(self) -> bool:
         """Copy what is lacking; False if it was stopped before."""
-        lacking = [info for info in self._replica.lacking() if info.sequence not in self._damaged]
+        lacking = [info for info in self._replica.lacking() if info.sequence not in self._given_up]
+        self._settle_doubtful()
         self._note_mirrored(lacking)
         for number, info in enumerate(lacking):
             if self._is_stopped:
@@ -132,18 +134,29 @@ class Replicator:
 
     def _copy(self, info: CheckpointInfo) -> None:
         assert info.sequence is not None
+        self._doubtful = info.sequence
         try:
             copied = self._replica.copy(info)
-        except CorruptCheckpointError as error:
-            self._damaged.add(info.sequence)
+        except (CorruptCheckpointError, NameTakenError) as error:
+            self._given_up.add(info.sequence)
             self._listener.given_up(info.sequence, error)
             return
         if copied is None:
             gone = CheckpointError(f"{info.filepath} was deleted before it was mirrored")
             self._listener.given_up(info.sequence, gone)
             return
-        self._listener.copied(info.sequence, copied)
-        self._listener.emit("mirrored", str(copied.filepath), "")
+        self._tell_copied(copied)
+
+    def _settle_doubtful(self) -> None:
+        """What was being copied when it failed may have arrived all the same."""
+        if self._doubtful is not None and (copied := self._replica.find(self._doubtful)) is not None:
+            self._tell_copied(copied)
+
+    def _tell_copied(self, info: CheckpointInfo) -> None:
+        assert info.sequence is not None
+        self._doubtful = None
+        self._listener.copied(info.sequence, info)
+        self._listener.emit("mirrored", str(info.filepath), "")
 
     def _note_mirrored(self, lacking: list[CheckpointInfo]) -> None:
         rest = [info.sequence for info in lacking if info.sequence is not None]

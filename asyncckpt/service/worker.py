@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import threading
 import time
 import traceback
@@ -11,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 
-from asyncckpt.errors import CheckpointError, CheckpointWriteError, CorruptCheckpointError, remedy
+from asyncckpt.errors import CheckpointError, CheckpointWriteError, CorruptCheckpointError, is_full, remedy
 from asyncckpt.image.checksum import ImageSource, Piece
 from asyncckpt.image.verify import verify_reader
 from asyncckpt.paths import as_path
@@ -60,12 +62,23 @@ def write_checkpoint(job: Job, writers: ThreadGroup) -> CheckpointInfo:
         try:
             return _write_once(job, writers)
         except OSError as error:
-            if attempt == job.retries or error.errno not in _PASSING_ERRORS or isinstance(error, CheckpointError):
+            if attempt == job.retries or not (_may_pass(error) or _has_made_room(job, error)):
                 raise _describe(job, error) from error
             job.on_retry(error)
             forget_frames(error)
             _pause(_FIRST_PAUSE_SECS * 2**attempt, job.hurry)
     raise AssertionError("unreachable")
+
+
+def _may_pass(error: OSError) -> bool:
+    return error.errno in _PASSING_ERRORS and not isinstance(error, CheckpointError)
+
+
+def _has_made_room(job: Job, error: OSError) -> bool:
+    """On a full disk: what is only kept there for a mirror gives way."""
+    with contextlib.suppress(OSError, CheckpointError):
+        return is_full(error) and job.listing is not None and job.listing.directory.make_room()
+    return False
 
 
 def _pause(secs: float, hurry: Callable[[], bool]) -> None:
@@ -79,7 +92,7 @@ def _write_once(job: Job, writers: ThreadGroup) -> CheckpointInfo:
     timings, watch = job.timings, job.watch
     started = time.perf_counter()
     with watch.during("begin"):
-        upload = job.storage.begin(job.path, job.source.num_bytes)
+        upload = job.storage.begin(job.path, job.source.num_bytes, expected=_replaceable(job))
     try:
         for window in job.source.windows(upload.piece_bytes):
             _write_window(upload, window, writers, watch)
@@ -103,6 +116,13 @@ def _write_once(job: Job, writers: ThreadGroup) -> CheckpointInfo:
             upload.abort()
         raise
     return info
+
+
+def _replaceable(job: Job) -> str | None:
+    """What the commit may replace; near storage has been looked at already, by who chose the name."""
+    if job.listing is None or job.storage.is_near(os.path.dirname(job.path)):
+        return None
+    return job.listing.directory.replaceable(os.path.basename(job.path))
 
 
 def _commit(job: Job, upload: Upload) -> CheckpointInfo:

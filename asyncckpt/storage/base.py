@@ -136,6 +136,15 @@ class Lock(ABC):
     def inherit(self) -> None:
         """Whoever shared it has ended: from now on it is ours alone, and `release` lets the next one in."""
 
+    @property
+    def claim(self) -> str:
+        """What tells this holder's writes from those of all others, ever; "" for a lock that can't be taken over."""
+        return ""
+
+    def is_taken_over(self) -> bool:
+        """Whether somebody else has it by now, as the storage says when it is asked. Blocks."""
+        return False
+
     @abstractmethod
     def release(self) -> None:
         """Let the next one in. Safe to call twice; in a forked child it leaves the parent's lock alone.
@@ -147,11 +156,13 @@ class Lock(ABC):
 class Storage(ABC):
     """A place for files. Thread-safe.
 
-    Where files have versions (`has_versions`), a write may say which one it expects to replace, "" being none at all;
-    elsewhere `expected` is not looked at.
+    Where files have versions, a write may say which one it expects to replace, "" being none at all; elsewhere
+    `expected` is not looked at.
     """
 
-    has_versions = False
+    def has_versions(self, directory: str) -> bool:
+        """Whether files there have versions. Asks nobody."""
+        return False
 
     @abstractmethod
     def begin(self, path: str, num_bytes: int, *, expected: str | None = None) -> Upload:

@@ -27,7 +27,7 @@ from collections.abc import Collection
 
 import msgspec
 
-from asyncckpt.naming import ALIVE_NAME, CLAIM_NAME, is_temporary_name
+from asyncckpt.naming import ALIVE_NAME, CLAIM_NAME, is_claimed_name, temporary_name
 from asyncckpt.storage.base import ConflictError, Lock, Storage
 from asyncckpt.threads import log_quietly
 
@@ -76,6 +76,13 @@ class Claim(Lock):
         with contextlib.suppress(OSError):
             self._rewrite(msgspec.structs.replace(self._record, holder=holder))
 
+    @property
+    def claim(self) -> str:
+        return self._record.token
+
+    def is_taken_over(self) -> bool:
+        return self._beats.are_taken_over()
+
     def share(self) -> bytes:
         return msgspec.json.encode(self._record)
 
@@ -100,7 +107,7 @@ class _Beats:
     """The thread that shows that a claim's holder lives. None runs in a forked child."""
 
     def __init__(self, storage: Storage, directory: str, token: str, beat_secs: float) -> None:
-        self._storage, self._directory, self._token = storage, directory, token
+        self._storage, self.directory, self._token = storage, directory, token
         self._beat_secs = beat_secs
         self._pid = os.getpid()
         self._is_lost = False
@@ -135,14 +142,32 @@ class _Beats:
             self._stopped.wait(self._beat_secs)
 
     def _beat(self, number: int) -> None:
-        self._storage.replace(f"{self._directory}/{ALIVE_NAME}", f"{self._token} {number}".encode())
-        _, found = _read(self._storage, f"{self._directory}/{CLAIM_NAME}")
-        if found is None or found.token != self._token:
+        self._storage.replace(f"{self.directory}/{ALIVE_NAME}", f"{self._token} {number}".encode())
+        self.are_taken_over()
+
+    def are_taken_over(self) -> bool:
+        """Look whose claim there is. Blocks; raises OSError."""
+        _, found = _read(self._storage, f"{self.directory}/{CLAIM_NAME}")
+        if found is not None and found.token == self._token:
+            return False
+        if not self._is_lost:
             self._is_lost = True
-            log_quietly(logging.ERROR, f"{self._directory}: another writer has taken it over")
+            what = f"another writer has taken it over: {found.holder}" if found is not None else "the claim is gone"
+            log_quietly(logging.ERROR, f"{self.directory}: {what}")
+        return found is not None
 
 
 _beating: weakref.WeakSet[_Beats] = weakref.WeakSet()
+
+
+def new_temporary_name(path: str, attempt: str) -> str:
+    """A temporary name (without its directory) for an attempt to write `path`.
+
+    It says whether this process has a claim to the directory: only then may a later writer know that it is dead.
+    """
+    directory, name = path.rsplit("/", 1)
+    is_claimed = any(beats.directory == directory and beats.are_ours for beats in list(_beating))
+    return temporary_name(attempt, name, is_claimed=is_claimed)
 
 
 @functools.cache
@@ -175,7 +200,7 @@ def take_claim(
         raise BlockingIOError(errno.EAGAIN, found.holder if found is not None else "somebody else") from None
     claim = Claim(storage, directory, record, beat_secs, is_ours=True)
     try:
-        if not storage.has_versions or not has_conditions(storage, f"{directory}/{ALIVE_NAME}"):
+        if not storage.has_versions(directory) or not has_conditions(storage, f"{directory}/{ALIVE_NAME}"):
             _say_that_it_is_advisory(storage, directory)
             _, found = _read(storage, path)
             if found is not None and found.token != record.token:  # the second of two has overwritten the first
@@ -207,7 +232,7 @@ def _say_that_it_is_advisory(storage: Storage, directory: str) -> None:
     if place not in _told:
         _told.add(place)
         log_quietly(
-            logging.WARNING if storage.has_versions else logging.INFO,  # of some kinds nobody expects more
+            logging.WARNING if storage.has_versions(directory) else logging.INFO,  # of some kinds nobody expects more
             f"{place} has no conditional writes that can be used here: a second writer is refused, but two that start "
             "in the same moment may both write for some seconds",
         )
@@ -220,18 +245,18 @@ def is_claimed(storage: Storage, directory: str) -> bool:
 
 
 def _is_alive(storage: Storage, directory: str, beat_secs: float, lease_secs: float) -> bool:
-    path = f"{directory}/{ALIVE_NAME}"
-    before, deadline = _sign_of_life(storage, path), time.monotonic() + lease_secs
+    before, deadline = _sign_of_life(storage, directory), time.monotonic() + lease_secs
     while time.monotonic() < deadline:
         time.sleep(beat_secs / _NUM_LOOKS)
-        if _sign_of_life(storage, path) != before:
+        if _sign_of_life(storage, directory) != before:
             return True
     return False
 
 
-def _sign_of_life(storage: Storage, path: str) -> str:
+def _sign_of_life(storage: Storage, directory: str) -> str:
     """Another one at every beat."""
-    if storage.has_versions:
+    path = f"{directory}/{ALIVE_NAME}"
+    if storage.has_versions(directory):
         return storage.version(path)
     try:
         return storage.read(path, _MAX_CLAIM_BYTES).decode("utf-8", "replace")
@@ -252,7 +277,10 @@ def _read(storage: Storage, path: str) -> tuple[str, _Record | None]:
 
 
 class ClaimedStorage(Storage):
-    """Storage far away, without locks: claims stand in for them, and only who has one knows that no other lives."""
+    """Storage far away, without locks: claims stand in for them, and only who has one knows that no other lives.
+
+    What was left by somebody who had none, a saver of single files, is left alone: nobody can tell whether he lives.
+    """
 
     def __init__(self, **claim_secs: float) -> None:
         self._claim_secs = claim_secs
@@ -276,7 +304,7 @@ class ClaimedStorage(Storage):
         alive, swept = self.alive_names(), list[str]()
         with contextlib.suppress(OSError):
             for name in self.list_names(directory):
-                if is_temporary_name(name) and name not in alive:
+                if is_claimed_name(name) and name not in alive:
                     path = f"{directory}/{name}"
                     with contextlib.suppress(OSError):
                         swept += [path] * self.sweep_file(path)
@@ -288,4 +316,4 @@ class ClaimedStorage(Storage):
 
     @abstractmethod
     def sweep_file(self, path: str) -> bool:
-        """Remove what a dead writer has left under a temporary name; False if it is not ours. Raises OSError."""
+        """Remove what a dead writer has left under its temporary name; False if it is not ours. Raises OSError."""

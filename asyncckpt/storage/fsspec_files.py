@@ -9,8 +9,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from asyncckpt.naming import temporary_name
 from asyncckpt.storage.base import Reader, Upload
+from asyncckpt.storage.claim import new_temporary_name
 from asyncckpt.storage.fsspec_errors import explained
 
 _VERSION_KEYS = ("etag", "ETag", "generation", "md5Hash", "ino", "mtime", "modified", "last_modified", "LastModified")
@@ -22,9 +22,8 @@ class Temporary:
     alive: ClassVar[set[str]] = set()
 
     def __init__(self, path: str) -> None:
-        directory, name = path.rsplit("/", 1)
-        self._name = temporary_name(secrets.token_hex(8), name)
-        self.path = f"{directory}/{self._name}"
+        self._name = new_temporary_name(path, secrets.token_hex(8))
+        self.path = f"{path.rsplit('/', 1)[0]}/{self._name}"
         self.alive.add(self._name)
 
     def end(self) -> None:

@@ -2,7 +2,8 @@
 
 It sends a checkpoint several times as fast as Python does, for a fraction of the processor time, and without the GIL.
 What it costs: an upload that is cut starts anew, deadlines and retries are obstore's own, a save that is being sent
-can't be given up, and it is sent within the commit, so that one save follows the other.
+can't be given up, and it is sent within the commit, so that one save follows the other. What version it replaces is
+looked at before it is sent, not at its end: obstore binds no upload in parts to a condition.
 
 Only the contents of files go through it; conditions, claims, small files, listings, notes and sweeps are `S3Storage`'s.
 Only the writer process uses it: once a process has, its forked children hang in obstore, their own use of it included,
@@ -72,10 +73,10 @@ class ObstoreStorage(S3Storage):
         self._has_told = False
 
     def begin(self, path: str, num_bytes: int, *, expected: str | None = None) -> Upload:
-        if self._is_worth_it(num_bytes) and expected is None:
+        if self._is_worth_it(num_bytes):
             if self._stores is not None:
                 chunk_bytes = part_bytes(num_bytes, self._least_part_bytes)
-                return _ObstoreUpload(self._stores, self.requests, path, num_bytes, chunk_bytes)
+                return _ObstoreUpload(self._stores, self.requests, path, num_bytes, chunk_bytes, expected)
             self._tell(path)
         return super().begin(path, num_bytes, expected=expected)
 
@@ -180,8 +181,16 @@ class _ObstoreUpload(S3Upload):
 
     num_threads = 1
 
-    def __init__(self, stores: _Stores, requests: S3Requests, path: str, num_bytes: int, chunk_bytes: int) -> None:
-        super().__init__(requests, path, num_bytes, _whole_pages(num_bytes), None)
+    def __init__(
+        self,
+        stores: _Stores,
+        requests: S3Requests,
+        path: str,
+        num_bytes: int,
+        chunk_bytes: int,
+        expected: str | None,
+    ) -> None:
+        super().__init__(requests, path, num_bytes, _whole_pages(num_bytes), expected)
         self._stores = stores
         self._chunk_bytes = chunk_bytes
         self._view: memoryview | None = None
@@ -204,6 +213,7 @@ class _ObstoreUpload(S3Upload):
         view, self._view = self._view, None
         if view is None or len(view) != self._num_bytes:
             raise OSError(errno.EIO, "a part of the upload is missing")
+        self._check_version()
         self._has_failed = True
         self._make_visible(
             lambda **_: self._stores.put(self._bucket, self._key, view, self._metadata, self._chunk_bytes)

@@ -93,6 +93,9 @@ class Places(Storage):
     def open(self, path: str, *, follow_links: bool = True) -> Reader:
         return self.storage_of(path).open(path, follow_links=follow_links)
 
+    def has_versions(self, directory: str) -> bool:
+        return self.storage_of(directory).has_versions(directory)
+
     def version(self, path: str) -> str:
         return self.storage_of(path).version(path)
 

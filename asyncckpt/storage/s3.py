@@ -22,9 +22,8 @@ from typing import Any
 
 from isal.isal_zlib import crc32, crc32_combine
 
-from asyncckpt.naming import temporary_name
 from asyncckpt.storage.base import ConflictError, Reader, Upload
-from asyncckpt.storage.claim import ClaimedStorage
+from asyncckpt.storage.claim import ClaimedStorage, new_temporary_name
 from asyncckpt.storage.journal import Journal, Journals, Part, UploadRecord
 from asyncckpt.storage.s3_requests import Answer, S3Requests, UploadGoneError, checksum_of, checksum_text
 
@@ -43,8 +42,6 @@ _MD5 = re.compile("[0-9a-f]{32}")
 class S3Storage(ClaimedStorage):
     """Objects under `s3://bucket/…`, in any store that speaks S3. `options` are s3fs's; nothing is asked before use."""
 
-    has_versions = True
-
     def __init__(
         self,
         options: Mapping[str, Any] | None = None,
@@ -57,6 +54,9 @@ class S3Storage(ClaimedStorage):
         self._journals = Journals(journals)
         self.requests = S3Requests(options or {})
         self._least_part_bytes = least_part_bytes
+
+    def has_versions(self, directory: str) -> bool:
+        return True
 
     def begin(self, path: str, num_bytes: int, *, expected: str | None = None) -> Upload:
         piece_bytes = self.piece_bytes(path, num_bytes)
@@ -172,12 +172,24 @@ class S3Upload(Upload):
         token = found.get("Metadata", {}).get(_TOKEN)
         if token == self._token:
             return str(found["ETag"])
+        if isinstance(error, FileNotFoundError) and not isinstance(error, UploadGoneError) and self._expected:
+            error = ConflictError(errno.EEXIST, "somebody has removed it meanwhile")  # so says AWS
         if isinstance(error, ConflictError):
             if token in _in_doubt.get(self._path, ()):  # given up, and it has arrived: so that is what we replace
                 return str(send(IfMatch=found["ETag"])["ETag"])
         elif self._expected is not None:
             _in_doubt.setdefault(self._path, set()).add(self._token)
         raise error from None
+
+    def _check_version(self) -> None:
+        """Raise `ConflictError` for what is not to be replaced, where the commit itself can't be bound to that."""
+        if self._expected is not None:
+            try:
+                version = str(self._send("head_object")["ETag"])
+            except FileNotFoundError:
+                version = ""
+            if version != self._expected:
+                raise ConflictError(errno.EEXIST, "somebody else has written it meanwhile")
 
     def reader(self) -> None:
         return None
@@ -334,7 +346,7 @@ class Note:
     @classmethod
     def of(cls, requests: S3Requests, path: str, token: str) -> Note:
         """One for an upload that begins."""
-        return cls(requests, path, temporary_name(token, os.path.basename(path)))
+        return cls(requests, path, new_temporary_name(path, token))
 
     def leave(self) -> None:
         """Make it."""

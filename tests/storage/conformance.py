@@ -429,7 +429,7 @@ class StorageConformance(ABC):
     def test_what_is_not_as_expected_is_not_replaced(self, storage: Storage, place: str) -> None:
         """Where files have versions: a writer that comes too late changes nothing, and is told."""
         path = f"{place}/file"
-        if not storage.has_versions:
+        if not storage.has_versions(place):
             assert storage.replace(path, b"1", expected="") == storage.version(path) == ""
             return
         assert storage.version(path) == ""
