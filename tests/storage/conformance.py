@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 
 from asyncckpt.storage.base import ConflictError, Reader, Storage, Upload
+from storage.claimed import claimed
 
 # What a view's memory may be like: page-aligned, off by one, or not writable (so that not even its address is had).
 VIEWS = ("aligned", "unaligned", "readonly")
@@ -112,12 +113,13 @@ class StorageConformance(ABC):
         """Remove a file by other means."""
 
     @contextmanager
-    def uploading_process(self, path: str) -> Iterator[subprocess.Popen[str]]:
+    def uploading_process(self, path: str, *, is_claimed: bool = False) -> Iterator[subprocess.Popen[str]]:
         """Another process with a half-written upload to `path`; killed at the end, if it still runs."""
         script = Path(__file__).with_name("uploader.py")
         command = [sys.executable, str(script), self.storage_class, json.dumps(dict(self.options)), path]
-        command.append(str(self.dead_upload_bytes))
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        command += [str(self.dead_upload_bytes), "claimed" if is_claimed else ""]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment()) as process:
             assert process.stdout is not None
             try:
                 assert process.stdout.readline() == "holding\n"
@@ -142,7 +144,7 @@ class StorageConformance(ABC):
 
     def leave_dead_upload(self, path: str) -> None:
         """What a writer that was SIGKILLed leaves."""
-        with self.uploading_process(path):
+        with self.uploading_process(path, is_claimed=True):
             pass
 
     # --- writing ---
@@ -676,12 +678,16 @@ class StorageConformance(ABC):
         assert self.sweep(storage, place) == []
 
     def assert_sweeps_by_lock(self, storage: Storage, place: str) -> None:
-        """Without the directory's lock nothing of other processes is touched; with it, nothing of this one."""
-        mine = storage.begin(f"{place}/mine", self.dead_upload_bytes)
-        with self.uploading_process(f"{place}/theirs") as process:
+        """Without the directory's lock nothing of other processes is touched; with it, nothing of this one, and nothing
+        of who never had the lock."""
+        with claimed(place):
+            mine = storage.begin(f"{place}/mine", self.dead_upload_bytes)
+        with self.uploading_process(f"{place}/theirs", is_claimed=True) as process:
             assert storage.sweep(place) == []
             process.communicate("go on\n")
-        assert self.sweep(storage, place) == []
+        with self.uploading_process(f"{place}/theirs") as process:
+            assert self.sweep(storage, place) == []
+            process.communicate("go on\n")
         write_in_pieces(mine, memoryview(bytes(self.dead_upload_bytes)), mine.piece_bytes)
         mine.sync()
         mine.commit()
@@ -716,3 +722,9 @@ class StorageConformance(ABC):
         """A directory that is empty, missing, or a file is swept at once."""
         self.put(f"{place}/file", b"")
         assert [self.sweep(storage, path) for path in (place, f"{place}/missing", f"{place}/file")] == [[], [], []]
+
+
+def environment() -> dict[str, str]:
+    """For a process that imports what the tests have."""
+    tests = str(Path(__file__).parent.parent)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), tests])}

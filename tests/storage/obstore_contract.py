@@ -98,7 +98,7 @@ class TestObstore(test_s3.TestS3):
         self.put(f"{place}/other", b"other")
         with completion_proxy(server.endpoint, holds=True) as proxy:
             self.options = {**self.options, "options": {**server.options, "endpoint_url": proxy.endpoint}}
-            with self.uploading_process(f"{place}/file") as process:
+            with self.uploading_process(f"{place}/file", is_claimed=True) as process:
                 assert process.stdin is not None
                 process.stdin.write("go on\n")
                 process.stdin.flush()

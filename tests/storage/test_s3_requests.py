@@ -12,6 +12,7 @@ from asyncckpt.naming import temporary_name
 from asyncckpt.storage import s3, s3_requests
 from asyncckpt.storage.base import ConflictError
 from asyncckpt.storage.s3 import S3Storage
+from storage.claimed import claimed
 from storage.conformance import make_content, put_by_upload
 from storage.s3_proxy import ANY, Fault, S3Proxy, s3_proxy
 from storage.s3_server import S3Server
@@ -62,7 +63,7 @@ def uploads(server: S3Server, path: str) -> set[str]:
 
 
 def write_note(server: S3Server, directory: str, contents: str) -> str:
-    note = f"{directory}/{temporary_name(secrets.token_hex(8), 'file')}"
+    note = f"{directory}/{temporary_name(secrets.token_hex(8), 'file', is_claimed=True)}"
     server.client().pipe_file(note, contents.encode())
     return note
 
@@ -175,11 +176,12 @@ def test_an_upload_whose_beginning_is_in_doubt_is_swept(
     """The store has begun one of which nobody knows the name: the note stays for a sweep, which finds it."""
     path = f"{place}/file"
     proxy.arm(Fault("lose", "create_multipart_upload checkpoint", times=2 if is_given_up else 1))
-    if is_given_up:
-        with pytest.raises(OSError, match="the connection broke"):
-            storage.begin(path, PART_BYTES + 1)
-    else:
-        put_by_upload(storage, path, make_content(PART_BYTES + 1))
+    with claimed(place):
+        if is_given_up:
+            with pytest.raises(OSError, match="the connection broke"):
+                storage.begin(path, PART_BYTES + 1)
+        else:
+            put_by_upload(storage, path, make_content(PART_BYTES + 1))
     assert uploads(server, path), "nothing is left to be swept"
     assert len(storage.sweep(place, has_lock=True)) == 1
     assert not uploads(server, path)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from asyncckpt.storage.s3 import S3Storage
-from storage.conformance import make_content, write_in_pieces
+from storage.conformance import environment, make_content, write_in_pieces
 from storage.s3_server import BUCKET, S3Server
 from storage.test_s3 import PART_BYTES
 
@@ -51,8 +51,10 @@ def leave_upload(options: dict[str, Any], path: str, content: bytes, part_number
     source = f"""
 import json, sys
 from asyncckpt.storage.s3 import S3Storage
+from storage.claimed import claimed
 content = sys.stdin.buffer.read()
-upload = S3Storage(**json.loads(sys.argv[1])).begin(sys.argv[2], len(content))
+with claimed(sys.argv[2].rsplit("/", 1)[0]):
+    upload = S3Storage(**json.loads(sys.argv[1])).begin(sys.argv[2], len(content))
 for number in {part_numbers}:
     offset = number * upload.piece_bytes
     upload.write(offset, memoryview(content)[offset : offset + upload.piece_bytes])
@@ -60,7 +62,7 @@ import os, signal
 os.kill(os.getpid(), signal.SIGKILL)
 """
     command = [sys.executable, "-c", source, json.dumps(options), path]
-    assert subprocess.run(command, input=content, check=False).returncode == -9
+    assert subprocess.run(command, input=content, env=environment(), check=False).returncode == -9
 
 
 def put(storage: S3Storage, path: str, content: bytes) -> None:
