@@ -18,7 +18,8 @@ from asyncckpt.image.file import file_path
 from asyncckpt.image.load import Loaded, load_to_restore
 from asyncckpt.naming import BEST_NAME
 from asyncckpt.records import CheckpointInfo
-from asyncckpt.registry.directory import CheckpointDirectory, Report
+from asyncckpt.registry.directory import CheckpointDirectory
+from asyncckpt.registry.files import Report
 from asyncckpt.registry.recovery import Survey, file_of
 from asyncckpt.registry.registry import FileDescription, read_description
 from asyncckpt.state.restore import restore_checkpoint, taken_apart

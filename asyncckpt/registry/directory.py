@@ -11,7 +11,6 @@ import errno
 import itertools
 import logging
 import os
-import secrets
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,27 +26,22 @@ from asyncckpt.errors import (
     is_full,
     remedy,
 )
-from asyncckpt.events import EventKind
 from asyncckpt.image.file import open_to_load
-from asyncckpt.image.verify import default_num_threads, verify_reader
 from asyncckpt.naming import BEST_NAME, REGISTRY_NAME, numbered_name
 from asyncckpt.paths import as_path
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry import turns
-from asyncckpt.registry.recovery import Survey, describe_file, file_of, read_registry, survey
+from asyncckpt.registry.files import CheckpointFiles, NameTakenError, Report
+from asyncckpt.registry.recovery import Survey, describe_file, read_registry, survey
 from asyncckpt.registry.registry import (
-    MAX_REGISTRY_BYTES,
     PendingDelete,
     Registry,
     describe_in_file,
     encode_registry,
 )
 from asyncckpt.registry.retention import RetentionPolicy, retained
-from asyncckpt.storage.base import ConflictError, Lock, Reader, Storage
+from asyncckpt.storage.base import ConflictError, Lock, Storage
 from asyncckpt.storage.local import LocalReader
-from asyncckpt.threads import log_quietly
-
-Report = Callable[[EventKind, str, str], None]
 
 
 @dataclass(frozen=True)
@@ -70,10 +64,6 @@ class WriterState:
     linked_best: int | None
     linked_version: str  # of the best link
     damaged: frozenset[int]
-
-
-class NameTakenError(CheckpointWriteError):
-    """Another file has the name, which is not this writer's to replace."""
 
 
 _GONE = "its file is gone, so it is listed no more"
@@ -110,8 +100,9 @@ class CheckpointDirectory:
         self.was_open = False  # for writing, at some time: the run is under way
         self._storage = storage
         self._lock_timeout_secs = lock_timeout_secs
-        self._report_event = report
         self._note_progress = note_progress
+        self._files = CheckpointFiles(storage, path, report, note_progress)
+        self._report = self._files.report
 
         self._opening = threading.Lock()
         self._is_opening = False
@@ -190,6 +181,10 @@ class CheckpointDirectory:
     def open_to_load(self, path: str, *, follow_links: bool = True) -> LocalReader:
         """A checkpoint's file, that can be mapped."""
         return open_to_load(self._storage, path, follow_links=follow_links)
+
+    def path_of(self, name: str) -> str:
+        """The whole path of one of its files."""
+        return self._files.path_of(name)
 
     def locate(self, info: CheckpointInfo) -> CheckpointInfo:
         """The same checkpoint with the whole path of its file."""
@@ -296,18 +291,19 @@ class CheckpointDirectory:
         if found.registry.last_sequence > _MOST_COMMITS:
             raise RegistryError(f"{self.path} can't be written to: its checkpoints' numbers are beyond all reason")
         if found.damage:
-            self._set_aside(found.damage)
+            self._files.set_aside(found.damage)
         for info in found.gone:
             self._report(logging.WARNING, "recovered", str(info.filepath), _GONE)
         for name in found.strangers:
             self._report(logging.INFO, "recovered", name, "not of this run: left alone")
-        registry = self._finish_deletes(found, self._adopt(found))
+        registry = self._files.finish_deletes(found, self._files.adopt(found))
         if found.recorded is None and not registry.checkpoints and self._run_id is not None:
             registry = replace(registry, run_id=self._run_id)
         registry = self._with_continued(found, registry)
         self._run_id = registry.run_id
         registry = registry.with_checkpoints(
-            replace(info, damaged=info.damaged and self._is_bad(str(info.filepath))) for info in registry.checkpoints
+            replace(info, damaged=info.damaged and self._files.is_bad(str(info.filepath)))
+            for info in registry.checkpoints
         )
         self._linked_best = found.linked_best
         self._strangers = frozenset(found.strangers)
@@ -322,45 +318,6 @@ class CheckpointDirectory:
         if registry.best is None and found.linked_best is not None:
             self._report(logging.INFO, "recovered", BEST_NAME, f"no checkpoint has a {registry.monitor_metric}: kept")
 
-    def _adopt(self, found: Survey) -> Registry:
-        """Take in what was committed but not recorded, each file only if it is whole."""
-        registry = found.registry
-        for info in (*found.unrecorded, *found.restorable):
-            name = str(info.filepath)
-            try:
-                problem = self._problem(str(file_of(found, info)))
-            except OSError as error:  # it may be whole, and nobody would ever look at it again
-                others = [other for other in registry.checkpoints if other.sequence != info.sequence]
-                registry = registry.with_checkpoints([*others, replace(info, protected=True)])
-                self._report(logging.WARNING, "recovered", name, f"taken in, but can't be read now: {error.strerror}")
-                continue
-            if problem:
-                registry = registry.with_checkpoints(i for i in registry.checkpoints if i.sequence != info.sequence)
-                self._report(logging.WARNING, "recovered", name, f"not taken in: {problem}")
-            elif info in found.restorable:
-                self._storage.link(self.path_of(BEST_NAME), self.path_of(name))
-                self._report(logging.WARNING, "recovered", name, f"its file was gone, and is back from {BEST_NAME}")
-            else:
-                self._report(logging.WARNING, "recovered", name, "committed but not recorded: now it is")
-        return registry
-
-    def _finish_deletes(self, found: Survey, registry: Registry) -> Registry:
-        """Delete what a writer that died had dropped, but only if what was to replace it is whole."""
-        # Whatever else is on the list is gone already, or somebody else's file has that name now.
-        registry = registry.deleted(drop for drop in registry.pending_deletes if drop not in found.deletable)
-        if not found.deletable:
-            return registry
-        needed = [info for info in (registry.latest, registry.best) if info is not None]
-        if needed and not any(self._is_bad(str(info.filepath)) for info in needed):
-            return self._delete(registry, found.deletable)
-        rescued = []
-        for drop in found.deletable:
-            description = describe_file(self._storage, self.path_of(drop.name))
-            if description is not None and not self._is_bad(drop.name):
-                rescued.append(replace(description.info, protected=True))
-                self._report(logging.WARNING, "recovered", drop.name, "kept after all: what replaced it is damaged")
-        return registry.with_checkpoints([*registry.checkpoints, *rescued])
-
     def _with_continued(self, found: Survey, registry: Registry) -> Registry:
         if self._continued is None:
             return registry
@@ -372,28 +329,6 @@ class CheckpointDirectory:
         if registry.run_id == run_id:
             registry = replace(registry, last_sequence=max(registry.last_sequence, last_sequence))
         return registry
-
-    def _is_bad(self, name: str) -> bool:
-        try:
-            return bool(self._problem(name))
-        except OSError:
-            return True
-
-    def _problem(self, name: str) -> str:
-        """What is wrong with a file; "" when it is whole. Reads all of it; raises OSError when it can't."""
-        path = self.path_of(name)
-        with _Heard(self._storage.open(path, follow_links=False), self._note_progress) as reader:
-            report = verify_reader(reader, path, num_threads=default_num_threads())
-        return report.problems[0] if report.problems else ""
-
-    def _set_aside(self, damage: str) -> None:
-        """Keep a damaged registry for whoever wants to look at it."""
-        name = f"registry.damaged-{secrets.token_hex(4)}.json"
-        contents = self._storage.read(self.path_of(REGISTRY_NAME), MAX_REGISTRY_BYTES)
-        self._storage.replace(self.path_of(name), contents)
-        self._report(
-            logging.WARNING, "recovered", REGISTRY_NAME, f"rebuilt from the files, the old one is {name}: {damage}"
-        )
 
     # --- another process as the writer ---
 
@@ -497,21 +432,9 @@ class CheckpointDirectory:
         if listed is not None and listed.pinned:
             raise NameTakenError(f"{path} is pinned: it is not overwritten")
         if listed is None and all(drop.name != name for drop in registry.pending_deletes):
-            self._check_ours(path, registry.run_id)
+            self._files.check_ours(path, registry.run_id)
         self._check_claim()
         return version
-
-    def _check_ours(self, path: str, run_id: str) -> None:
-        try:
-            with self._storage.open(path):
-                pass
-        except FileNotFoundError:
-            return
-        with contextlib.suppress(CorruptCheckpointError):
-            description = describe_file(self._storage, path)
-            if description is not None and description.run_id == run_id:
-                return
-        raise NameTakenError(f"{path} is another file, not of this run: it is not overwritten; move it away")
 
     def describe(self, info: CheckpointInfo) -> Mapping[str, object]:
         """What the checkpoint's file is to say of itself."""
@@ -586,7 +509,7 @@ class CheckpointDirectory:
         with self._writing:
             self.generation = next(_generations)
             if self._registry is not None and self._is_recorded:
-                self._registry = self._delete(self._registry, self._registry.pending_deletes)
+                self._registry = self._files.delete(self._registry, self._registry.pending_deletes)
 
     def prune(self, retention: RetentionPolicy | None = None, *, dry_run: bool = False) -> list[CheckpointInfo]:
         """Apply a policy now, to checkpoints recovered without a registry too; what was (or would be) dropped.
@@ -612,11 +535,11 @@ class CheckpointDirectory:
                 raise
             # Room first: should we die here, whoever opens the directory next finds these files gone, no more.
             self._registry, self._is_recorded = pruned, False
-            pruned = self._delete(pruned, pruned.pending_deletes)
+            pruned = self._files.delete(pruned, pruned.pending_deletes)
             self._write(pruned)
         self._tell_of_unmirrored(before, pruned, why_unmirrored)
         self._link_best()
-        self._registry = self._delete(self._own_registry(), pruned.pending_deletes)
+        self._registry = self._files.delete(self._own_registry(), pruned.pending_deletes)
 
     def pin(self, step: int) -> list[CheckpointInfo]:
         """Keep the newest checkpoint of a step whatever retention says; in a list, as it is listed from now on.
@@ -765,80 +688,6 @@ class CheckpointDirectory:
         return best.sequence == self._linked_best and (
             not self._linked_version or self._storage.version(self.path_of(BEST_NAME)) == self._linked_version
         )
-
-    def _delete(self, registry: Registry, pending: Sequence[PendingDelete]) -> Registry:
-        """What could be deleted is off the list; the rest is tried again after the next save."""
-        ours: list[PendingDelete] = []
-        strange: list[PendingDelete] = []
-        for drop in pending:
-            try:
-                (strange if self._is_strange(registry, drop) else ours).append(drop)
-            except OSError as error:
-                reason = error.strerror or str(error)
-                self._report(logging.WARNING, "failed", drop.name, f"not deleted: can't be looked at now: {reason}")
-        registry = registry.deleted(strange)
-        if not ours:
-            return registry
-        try:
-            self._storage.delete([self.path_of(drop.name) for drop in ours])
-        except OSError as error:
-            if len(ours) == 1:
-                reason = error.strerror or str(error)
-                self._report(logging.WARNING, "failed", ours[0].name, f"could not be deleted: {reason}")
-                return registry
-            for drop in ours:
-                registry = self._delete(registry, (drop,))
-            return registry
-        for drop in ours:
-            self._report(logging.INFO, "deleted", drop.name, "dropped by retention")
-        return registry.deleted(ours)
-
-    def _is_strange(self, registry: Registry, drop: PendingDelete) -> bool:
-        """Whether somebody has put another file in the place of what was dropped. Raises OSError when in doubt."""
-        try:
-            description = describe_file(self._storage, self.path_of(drop.name))
-        except CorruptCheckpointError:
-            return not self._looks_like_a_checkpoint(drop.name)
-        is_ours = description is not None and description.run_id == registry.run_id
-        if description is not None and is_ours and description.info.sequence == drop.sequence:
-            return False
-        is_there = drop.name in self._storage.list_names(self.path)
-        if is_there:
-            self._report(logging.WARNING, "failed", drop.name, "not deleted: it is another file by now")
-        return is_there
-
-    def _looks_like_a_checkpoint(self, name: str) -> bool:
-        """Damaged, but one: an archive by its first bytes, or never written at all."""
-        start = bytearray(4)
-        with self._storage.open(self.path_of(name), follow_links=False) as reader:
-            if reader.num_bytes < len(start):
-                return True
-            reader.read_into(0, memoryview(start))
-        return bytes(start) in (b"PK\x03\x04", bytes(4))
-
-    def path_of(self, name: str) -> str:
-        return os.path.join(self.path, name)
-
-    def _report(self, level: int, kind: EventKind, name: str, detail: str) -> None:
-        path = self.path_of(name)
-        log_quietly(level, f"{path}: {detail}")
-        self._report_event(kind, path, detail)
-
-
-class _Heard(Reader):
-    """A reader that tells of every answer."""
-
-    def __init__(self, reader: Reader, note: Callable[[], None]) -> None:
-        self.num_bytes = reader.num_bytes
-        self._reader = reader
-        self._note = note
-
-    def read_into(self, offset: int, view: memoryview) -> None:
-        self._reader.read_into(offset, view)
-        self._note()
-
-    def close(self) -> None:
-        self._reader.close()
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ from typing import Protocol
 from asyncckpt.errors import CheckpointError, CorruptCheckpointError
 from asyncckpt.events import EventKind
 from asyncckpt.records import CheckpointInfo
-from asyncckpt.registry.directory import CheckpointDirectory, NameTakenError
+from asyncckpt.registry.directory import CheckpointDirectory
+from asyncckpt.registry.files import NameTakenError
 from asyncckpt.registry.replication import Replica
 from asyncckpt.registry.retention import RetentionPolicy
 from asyncckpt.service.messages import SetupMirror

@@ -16,7 +16,8 @@ from storage.s3_server import S3Server
 
 from asyncckpt import AsyncCheckpointSaver, CheckpointError, CheckpointInfo, CheckpointWriteError, KeepLast
 from asyncckpt.naming import ALIVE_NAME, BEST_NAME, REGISTRY_NAME, checkpoint_name, is_temporary_name
-from asyncckpt.registry.directory import CheckpointDirectory, NameTakenError
+from asyncckpt.registry.directory import CheckpointDirectory
+from asyncckpt.registry.files import NameTakenError
 from asyncckpt.registry.recovery import survey
 from asyncckpt.registry.replication import Replica
 from asyncckpt.storage.base import ConflictError, Storage, Upload

@@ -134,7 +134,7 @@ def deletes_first(directory: CheckpointDirectory, listing: Listing, commit: Call
     with directory._writing:
         commit()
         registry = directory._with(listing.info)
-        directory._write(directory._delete(registry, registry.pending_deletes))
+        directory._write(directory._files.delete(registry, registry.pending_deletes))
         directory._link_best()
         directory._reserved.discard(str(listing.info.filepath))
     return listing.info
