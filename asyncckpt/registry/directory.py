@@ -431,7 +431,7 @@ class CheckpointDirectory:
         listed = next((info for info in registry.checkpoints if str(info.filepath) == name), None)
         if listed is not None and listed.pinned:
             raise NameTakenError(f"{path} is pinned: it is not overwritten")
-        if listed is None and all(drop.name != name for drop in registry.pending_deletes):
+        if listed is None and version != "" and all(drop.name != name for drop in registry.pending_deletes):
             self._files.check_ours(path, registry.run_id)
         self._check_claim()
         return version
