@@ -622,17 +622,20 @@ class CheckpointDirectory:
         name, sequence = str(info.filepath), info.sequence
         assert sequence is not None
         try:
-            description = describe_file(self._storage, self.path_of(name))
-        except CorruptCheckpointError:
-            return
+            if self._is_there(info):  # only the last sync failed
+                self._registry, self._is_recorded = registry, False
         except OSError:  # so it is deleted, if it is this one, by what the next registry says
             drop = PendingDelete(name, sequence)
             if drop not in before.pending_deletes and all(str(other.filepath) != name for other in before.checkpoints):
                 pending = (*before.pending_deletes, drop)
                 self._registry, self._is_recorded = replace(before, pending_deletes=pending), False
-            return
-        if description is not None and description.info.sequence == sequence:  # only the last sync failed
-            self._registry, self._is_recorded = registry, False
+
+    def _is_there(self, info: CheckpointInfo) -> bool:
+        """Whether the file is this checkpoint. Raises OSError when it can't be read."""
+        with contextlib.suppress(CorruptCheckpointError):
+            description = describe_file(self._storage, self.path_of(str(info.filepath)))
+            return description is not None and description.info.sequence == info.sequence
+        return False
 
     def _pruned(self, registry: Registry, retention: RetentionPolicy | None) -> tuple[Registry, list[CheckpointInfo]]:
         policy = retention or self.retention

@@ -18,6 +18,7 @@ from asyncckpt import CheckpointInfo
 from asyncckpt.naming import BEST_NAME, CHECKPOINT_SUFFIX, REGISTRY_NAME, temporary_name
 from asyncckpt.registry import directory as directory_module
 from asyncckpt.registry.directory import CheckpointDirectory, Listing
+from asyncckpt.registry.files import CheckpointFiles
 from asyncckpt.registry.registry import Registry, encode_registry
 from asyncckpt.registry.retention import RetentionPolicy
 from asyncckpt.service import worker
@@ -290,8 +291,6 @@ BUGS: dict[str, Patch] = {
     "the best link is not renewed by recovery": patch(CheckpointDirectory, "_link_best", linked_while_saving),
     "the best link is known by its name": linked_by_name,
     "a commit that failed counts as done": patch(CheckpointDirectory, "_is_there", lambda directory, info: True),
-    "what was not recorded is taken in unverified": patch(CheckpointDirectory, "_problem", lambda directory, name: ""),
-    "recovery deletes though what replaced it is damaged": patch(
-        CheckpointDirectory, "_is_bad", lambda directory, name: False
-    ),
+    "what was not recorded is taken in unverified": patch(CheckpointFiles, "problem", lambda files, name: ""),
+    "recovery deletes though what replaced it is damaged": patch(CheckpointFiles, "is_bad", lambda files, name: False),
 }
