@@ -312,6 +312,23 @@ def test_closing_does_not_wait_for_a_mirror_that_is_down(make: Make, tmp_path: P
 
 
 @only_to_a_directory
+def test_a_forked_child_waits_for_nothing(make: Make, reader: CheckpointManager) -> None:
+    """Whose mirror it is goes on."""
+    manager = make()
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        manager.close()
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    save(manager, 2)
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [1, 2]
+
+
+@only_to_a_directory
 def test_nothing_here_and_the_mirror_does_not_answer(make: Make, tmp_path: Path) -> None:
     """To start from scratch then would be a surprise."""
     down = Down(tmp_path)

@@ -35,7 +35,8 @@ class Mirror:
     """What becomes of a directory's checkpoints in a second place. Thread-safe.
 
     `mirrored` is the sequence number up to which everything has arrived, or will never arrive (it was dropped before);
-    0 as long as that is not known. `problem` is what keeps the mirror behind at the moment.
+    0 as long as that is not known. `problem` is what keeps the mirror behind at the moment. In a forked child there is
+    no mirror, and nothing is done or waited for: it is the parent's.
     """
 
     def __init__(self, emit: Emit) -> None:
@@ -46,6 +47,7 @@ class Mirror:
         self._pokes = itertools.count(1)  # its `next` is one act, whatever signals come
         self._caught_up_with = 0
         self._is_closed = False
+        self._pid = os.getpid()
         self._copier: ThreadCopier | ProcessCopier
 
     @classmethod
@@ -99,6 +101,8 @@ class Mirror:
 
         Whatever was saved before must be durable locally.
         """
+        if not self._is_ours:
+            return False
         deadline = None if timeout is None else time.monotonic() + timeout
         number = self.poke()
         while self._caught_up_with < number:
@@ -114,7 +118,7 @@ class Mirror:
 
         Safe to call twice.
         """
-        if self._is_closed:
+        if self._is_closed or not self._is_ours:
             return True
         is_complete = self.wait(timeout, while_down=False)
         self._is_closed = True
@@ -127,8 +131,13 @@ class Mirror:
     def poke(self) -> int:
         """Something has changed in the directory. Does not block; the number counts these."""
         number = next(self._pokes)
-        self._copier.poke(number)
+        if self._is_ours:
+            self._copier.poke(number)
         return number
+
+    @property
+    def _is_ours(self) -> bool:
+        return os.getpid() == self._pid
 
     # --- what the replicator tells ---
 
