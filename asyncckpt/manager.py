@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
 _NUM_RECENT_SAVES = 5
 _MAX_LOOK_SECS = 2.0  # what a save spends on looking at a directory that does not answer, once
+_MAX_BACKLOG_BYTES = 2**63 - 1
 
 
 class CheckpointManager:
@@ -124,6 +125,9 @@ class CheckpointManager:
         self.save_rng = save_rng
         self.weights_only = weights_only
         self._save_policy = save_policy
+        _check_policy("retention", retention)
+        _check_policy("mirror_retention", mirror_retention)
+        _check_backlog(mirror_backlog_bytes)
         if retention is None:
             if not isinstance(max_checkpoints, int) or isinstance(max_checkpoints, bool) or max_checkpoints < 1:
                 raise ValueError(f"max_checkpoints must be a whole number of at least 1, not {max_checkpoints!r}")
@@ -731,6 +735,18 @@ class CheckpointManager:
         finally:
             self._close_mirror(deadline)
             self._give_back(None)
+
+
+def _check_policy(name: str, policy: RetentionPolicy | None) -> None:
+    if policy is not None and not isinstance(policy, RetentionPolicy):
+        raise TypeError(f"{name} must be a retention policy, as KeepLast(5) is, not {policy!r}")
+
+
+def _check_backlog(num_bytes: int) -> None:
+    if not isinstance(num_bytes, int) or isinstance(num_bytes, bool):
+        raise TypeError(f"mirror_backlog_bytes must be an int, not {type(num_bytes).__name__}")
+    if not 0 <= num_bytes <= _MAX_BACKLOG_BYTES:
+        raise ValueError(f"mirror_backlog_bytes must be from 0 to {_MAX_BACKLOG_BYTES}, not {num_bytes}")
 
 
 def _run(action: Callable[[], object]) -> None:

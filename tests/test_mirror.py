@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from storage.s3_server import BUCKET, S3Server
 from torch import nn
 
 import asyncckpt
-from asyncckpt import CheckpointManager, KeepLast, WaitTimeoutError
+from asyncckpt import CheckpointInfo, CheckpointManager, KeepLast, WaitTimeoutError
 from asyncckpt.events import Event
+from asyncckpt.registry.retention import RetentionPolicy
 from asyncckpt.service import replicator
 from asyncckpt.service.mirror import ProcessCopier
 from asyncckpt.storage.places import Places
@@ -347,6 +348,48 @@ def test_what_makes_no_sense(make: Make, tmp_path: Path) -> None:
         manager.wait(tier="moon")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="mirror"):
         make(mirror=tmp_path / "here")
+
+
+@only_to_a_directory
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [
+        ({"retention": 5}, TypeError),
+        ({"mirror_retention": 5}, TypeError),
+        ({"mirror_backlog_bytes": "64GB"}, TypeError),
+        ({"mirror_backlog_bytes": True}, TypeError),
+        ({"mirror_backlog_bytes": -1}, ValueError),
+        ({"mirror_backlog_bytes": 2**70}, ValueError),
+    ],
+)
+def test_mistakes_are_found_at_once(make: Make, option: dict[str, Any], error: type[Exception]) -> None:
+    """And not by a process in the background, after hours."""
+    (name,) = option
+    with pytest.raises(error, match=name):
+        make(**option)
+
+
+class WantsAccuracy(RetentionPolicy):
+    """Made by a user who forgot that there are checkpoints without."""
+
+    def kept(self, checkpoints: Sequence[CheckpointInfo]) -> frozenset[int]:
+        return frozenset(info.sequence or 0 for info in checkpoints if info.val_metrics["accuracy"] > 0.5)
+
+
+@only_to_a_directory
+def test_a_policy_that_fails_is_a_problem_of_the_mirror(make: Make) -> None:
+    """Nobody waits for it for ever."""
+    failed = threading.Event()
+    manager = make(
+        mirror_retention=WantsAccuracy(),
+        on_event=lambda event: failed.set() if event.kind == "mirror_failed" else None,
+    )
+    save(manager, 1).result(60)
+    assert failed.wait(60)
+    with pytest.raises(WaitTimeoutError, match="KeyError: 'accuracy'"):
+        manager.wait(0.1, tier="mirror")
+    manager.close()
+    assert steps(manager) == [1]
 
 
 # --- the process that copies ---

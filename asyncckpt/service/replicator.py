@@ -99,12 +99,17 @@ class Replicator:
                 if self._catch_up():
                     pause, self._problem, self._caught_up_with = 0.0, None, self._taken_poke
             except (OSError, CheckpointError) as error:
-                pause = min(max(2 * pause, _FIRST_PAUSE_SECS), _MAX_PAUSE_SECS)
+                pause = _next_pause(pause)
                 self._note_problem(error)
+            except Exception as error:  # a policy of the user's, a mistake of ours: whoever waits must hear of it
+                pause = _next_pause(pause)
+                problem = CheckpointError(f"{type(error).__name__}: {error}")
+                problem.__cause__ = error
+                self._note_problem(problem)
             self._tell_progress()
         try:
             self._replica.close()
-        except OSError as error:
+        except Exception as error:
             log_quietly(logging.WARNING, f"the mirror could not be given back: {error}")
 
     def _await_poke(self, pause: float) -> bool:
@@ -157,6 +162,10 @@ class Replicator:
 
     def _tell_progress(self) -> None:
         self._listener.progress(self._mirrored, self._problem, self._caught_up_with)
+
+
+def _next_pause(pause: float) -> float:
+    return min(max(2 * pause, _FIRST_PAUSE_SECS), _MAX_PAUSE_SECS)
 
 
 def make_replica(setup: SetupMirror, storage: Storage, retention: RetentionPolicy) -> Replica:
