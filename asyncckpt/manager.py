@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 
 _NUM_RECENT_SAVES = 5
 _MAX_LOOK_SECS = 2.0  # what a save spends on looking at a directory that does not answer, once
+_MAX_MIRROR_LOOK_SECS = 10.0  # the same for a mirror
+_MIRROR_TIER = 1  # among the places that are loaded from
 _MAX_BACKLOG_BYTES = 2**63 - 1
 
 
@@ -372,6 +374,8 @@ class CheckpointManager:
             # Somebody may have moved or removed the directory under what is in flight.
             if not self._saver.wait_idle(self._max_opening_secs):
                 raise NoAnswerError
+            if not self._directory.was_open and self._mirror_directory is not None:
+                self._continue_run(self._mirror_directory)
             self._storage.ask(self._open_for_writing, self._max_opening_secs)
         except NoAnswerError:
             raise StorageBusyError(
@@ -383,16 +387,52 @@ class CheckpointManager:
         return True
 
     def _open_for_writing(self) -> None:
-        """With a mirror: an empty directory goes on with the run that is there, and what it lacks is brought there."""
-        directory = self._mirror_directory
-        if directory is not None and not self._directory.was_open:
-            with contextlib.suppress(OSError, CheckpointError):
-                mirrored = directory.read().recorded
-                if mirrored is not None:
-                    self._directory.continue_run(mirrored.run_id, mirrored.last_sequence)
+        """With a mirror, what that lacks is brought there from now on."""
         self._directory.open_for_writing()
-        if directory is not None and self._mirror is None:
-            self._mirror = self._start_mirror(directory)
+        if self._mirror_directory is not None and self._mirror is None:
+            self._mirror = self._start_mirror(self._mirror_directory)
+
+    def _continue_run(self, mirror: CheckpointDirectory) -> None:
+        """Let an empty directory go on with the run that is in the mirror: what a load found there, or what is found
+        there now.
+
+        The mirror is asked only if the directory is empty and nothing was loaded, and not for long: a save does not
+        wait for it. If it says nothing then, a new run begins, with a warning: its checkpoints are durable here,
+        but never come to a mirror that turns out to hold another run. Raises `NoAnswerError` if the directory itself
+        does not answer.
+        """
+        seen = self._resume.seen.get(_MIRROR_TIER)
+        if seen is None and self._storage.ask(self._is_empty, self._max_opening_secs):
+            seen = self._look_at_mirror(mirror)
+        if seen is not None:
+            self._directory.continue_run(seen.run_id, seen.last_sequence)
+
+    def _is_empty(self) -> bool:
+        """Whether the directory holds nothing of any run; not so if it can't be read, which its opening tells of."""
+        with contextlib.suppress(OSError, CheckpointError):
+            found = self._directory.read()
+            return found.recorded is None and not found.registry.checkpoints
+        return False
+
+    def _look_at_mirror(self, mirror: CheckpointDirectory) -> Registry | None:
+        asking = BoundedStorage()  # this one's silence is not that of the directory
+        problem: Exception
+        try:
+            return asking.ask(lambda: mirror.read().registry, _MAX_MIRROR_LOOK_SECS)
+        except NoAnswerError:
+            problem = CheckpointError(f"it has not answered for {_MAX_MIRROR_LOOK_SECS:g} s")
+        except (OSError, CheckpointError) as error:
+            problem = error
+        finally:
+            asking.end(_nothing)
+        log_quietly(
+            logging.WARNING,
+            f"{self.checkpoint_dir} is empty, and its mirror {mirror.path} can't be looked at ({problem}): a NEW run "
+            "begins. Should the mirror hold checkpoints already, they are left alone, and nothing of this run comes "
+            f"there; to go on with them, stop, move {self.checkpoint_dir} away, and start again when it answers",
+        )
+        self._saver.emit("mirror_failed", mirror.path, f"a new run begins without it: {problem}")
+        return None
 
     def _start_mirror(self, directory: CheckpointDirectory) -> Mirror:
         retention, storage = directory.retention, self._saver.storage

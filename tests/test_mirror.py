@@ -20,7 +20,10 @@ from torch import nn
 
 import asyncckpt
 from asyncckpt import CheckpointInfo, CheckpointManager, KeepLast, WaitTimeoutError
+from asyncckpt import manager as manager_module
 from asyncckpt.events import Event
+from asyncckpt.registry.directory import CheckpointDirectory
+from asyncckpt.registry.recovery import Survey
 from asyncckpt.registry.retention import RetentionPolicy
 from asyncckpt.service import replicator
 from asyncckpt.service.mirror import ProcessCopier
@@ -337,6 +340,67 @@ def test_nothing_here_and_the_mirror_does_not_answer(make: Make, tmp_path: Path)
         make(mirror=down.path).load_latest(Filled())
     down.up()
     assert make(mirror=down.path).load_latest(Filled()) == (0, {})
+
+
+@pytest.fixture
+def silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A mirror that this process is never answered by."""
+    place, ended, read = tmp_path / "silent", threading.Event(), CheckpointDirectory.read
+
+    def read_silently(directory: CheckpointDirectory) -> Survey:
+        if directory.path == str(place):
+            assert ended.wait(60)
+        return read(directory)
+
+    monkeypatch.setattr(CheckpointDirectory, "read", read_silently)
+    yield place
+    ended.set()
+
+
+@only_to_a_directory
+def test_the_first_save_asks_no_mirror(make: Make, silent: Path) -> None:
+    """When there is something here, the run is known."""
+    first = make(mirror=None)
+    save(first, 1).result(60)
+    first.close(60)
+    second = make(mirror=silent, stall_timeout_secs=300.0)
+    save(second, 2).result(60)
+    assert steps(second) == [1, 2]
+    second.wait(60, tier="mirror")
+
+
+@only_to_a_directory
+def test_the_first_save_on_an_empty_disk_does_not_wait_for_a_silent_mirror(
+    make: Make, silent: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For long; that a new run begins is said loudly."""
+    monkeypatch.setattr(manager_module, "_MAX_MIRROR_LOOK_SECS", 0.1)
+    manager = make(mirror=silent, stall_timeout_secs=300.0)
+    save(manager, 1).result(60)
+    assert "a NEW run begins" in caplog.text
+    save(manager, 2).result(60)
+    assert caplog.text.count("a NEW run begins") == 1
+
+
+@only_to_a_directory
+def test_a_mirror_that_is_down_just_at_the_first_save(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
+    """On a new disk: what was loaded from the mirror says which run it is."""
+    first = make()
+    for step in (1, 2, 3):
+        save(first, step)
+    first.close(60)
+    shutil.rmtree(tmp_path / "here")
+    second, model = make(), Filled()
+    second.load_latest(model)
+    assert model.number == 3
+    (tmp_path / "there").rename(tmp_path / "away")
+    (tmp_path / "there").write_text("in the way")
+    save(second, 4).result(60)
+    (tmp_path / "there").unlink()
+    (tmp_path / "away").rename(tmp_path / "there")
+    second.wait(60, tier="mirror")
+    assert steps(reader) == [3, 4]
+    assert [info.sequence for info in second.list_checkpoints()] == [4]
 
 
 @only_to_a_directory
