@@ -320,18 +320,20 @@ class CheckpointManager:
             if self.save_best_only and not self._is_improvement(info):
                 return None
             self._note_branch(info)
-            if self._mirror is not None:
-                self._directory.mirrored = self._mirror.mirrored
+            if (mirror := self._running_mirror()) is not None:
+                self._directory.mirrored = mirror.mirrored
             listing = replace(self._directory.reserve(info), is_certain=is_certain)
             handle = self._submit_listed(checkpoint, listing, model, optimizer)
             if not handle.skipped:
-                self._follow(handle, listing)
                 self._note_saving(handle, info)
             return handle
 
     def _submit_listed(
         self, checkpoint: dict[str, Any], listing: Listing, model: torch.nn.Module, optimizer: Any
     ) -> SaveHandle:
+        """For the mirror too, which is told before, since it may have it at once."""
+        mirror, sequence = self._mirror, listing.info.sequence or 0
+        mirrored = mirror.expect(sequence) if mirror is not None else None
         handle: SaveHandle | None = None
         try:
             handle = self._saver.save_listed(
@@ -344,14 +346,12 @@ class CheckpointManager:
         finally:
             if handle is None or handle.skipped:
                 self._directory.withdraw(listing)
+                if mirror is not None:
+                    mirror.withdraw(sequence)
+        if mirror is not None and not handle.skipped:
+            handle.mirrored = mirrored
+            mirror.follow(handle, sequence)
         return handle
-
-    def _follow(self, handle: SaveHandle, listing: Listing) -> None:
-        """Let the mirror have it too."""
-        mirror, sequence = self._mirror, listing.info.sequence
-        if mirror is not None and sequence is not None:
-            handle.mirrored = mirror.expect(sequence)
-            handle.add_done_callback(lambda _: mirror.note_saved(sequence, handle.failure()))
 
     def _note_saving(self, handle: SaveHandle, info: CheckpointInfo) -> None:
         self._newest_step = info.global_step
@@ -376,7 +376,7 @@ class CheckpointManager:
                 raise NoAnswerError
             if not self._directory.was_open and self._mirror_directory is not None:
                 self._continue_run(self._mirror_directory)
-            self._storage.ask(self._open_for_writing, self._max_opening_secs)
+            self._storage.ask(self._directory.open_for_writing, self._max_opening_secs)
         except NoAnswerError:
             raise StorageBusyError(
                 f"{self.checkpoint_dir} could not be opened for writing: the storage does not answer. The opening goes "
@@ -385,12 +385,6 @@ class CheckpointManager:
         finally:
             self._is_opening = False
         return True
-
-    def _open_for_writing(self) -> None:
-        """With a mirror, what that lacks is brought there from now on."""
-        self._directory.open_for_writing()
-        if self._mirror_directory is not None and self._mirror is None:
-            self._mirror = self._start_mirror(self._mirror_directory)
 
     def _continue_run(self, mirror: CheckpointDirectory) -> None:
         """Let an empty directory go on with the run that is in the mirror: what a load found there, or what is found
@@ -434,6 +428,14 @@ class CheckpointManager:
         self._saver.emit("mirror_failed", mirror.path, f"a new run begins without it: {problem}")
         return None
 
+    def _running_mirror(self) -> Mirror | None:
+        """The mirror, if there is to be one: from now on it is brought what it lacks."""
+        with self._saving:
+            if self._mirror is None and self._mirror_directory is not None:
+                self._saver.check_open()
+                self._mirror = self._start_mirror(self._mirror_directory)
+            return self._mirror
+
     def _start_mirror(self, directory: CheckpointDirectory) -> Mirror:
         retention, storage = directory.retention, self._saver.storage
         assert retention is not None
@@ -449,7 +451,14 @@ class CheckpointManager:
             journals=self._directory.path_of(JOURNALS_NAME),
         )
         in_process = self._saver.writer != "thread" and storage.is_shared(directory.path)
-        return Mirror.start(setup, retention, storage, self._saver.emit, in_process=in_process)
+        return Mirror.start(
+            setup,
+            retention,
+            storage,
+            self._saver.emit,
+            in_process=in_process,
+            exit_timeout_secs=self._saver.exit_timeout_secs,
+        )
 
     def _looks_open(self) -> bool | None:
         """Whether the directory is open for writing; None when it should be, but the storage does not answer."""
@@ -686,9 +695,10 @@ class CheckpointManager:
         self._saver.check_open()
         with self._saving:
             self._open()
+        mirror = self._running_mirror()
         changed = self._saver.run_on_worker(change, name, str(self.checkpoint_dir))
-        if self._mirror is not None:
-            self._mirror.poke()
+        if mirror is not None:
+            mirror.poke()
         return [self._directory.locate(info) for info in changed]
 
     # --- the writer process ---
@@ -698,8 +708,10 @@ class CheckpointManager:
         return Ranks().is_first and self._saver.use_writer_process()
 
     def leave_to_writer(self) -> None:
-        """As `AsyncCheckpointSaver.leave_to_writer`."""
+        """As `AsyncCheckpointSaver.leave_to_writer`; what the mirror lacks is its process's business, too."""
         self._saver.leave_to_writer()
+        if (mirror := self._mirror) is not None:
+            mirror.leave()
 
     # --- the end ---
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from asyncckpt.registry.recovery import Survey
 from asyncckpt.registry.retention import RetentionPolicy
 from asyncckpt.service import replicator
 from asyncckpt.service.mirror import ProcessCopier
+from asyncckpt.service.saver import WriterKind
 from asyncckpt.storage.places import Places
 
 
@@ -333,6 +335,53 @@ def test_a_forked_child_waits_for_nothing(make: Make, reader: CheckpointManager)
 
 
 @only_to_a_directory
+def test_closing_tries_once_more(make: Make, tmp_path: Path) -> None:
+    """A mirror that was down when it was tried last, and is up by now, gets everything."""
+    down = Down(tmp_path)
+    failed = threading.Event()
+    manager = make(mirror=down.path, on_event=lambda event: failed.set() if event.kind == "mirror_failed" else None)
+    handle = save(manager, 1)
+    assert failed.wait(60)
+    down.up()
+    manager.close()
+    assert handle.mirrored is not None
+    assert handle.mirrored.result(0).global_step == 1
+    with CheckpointManager(down.path) as reader:
+        assert steps(reader) == [1]
+
+
+@only_to_a_directory
+def test_what_is_not_mirrored_when_it_is_closed_never_is(make: Make, tmp_path: Path) -> None:
+    """Whoever waits for that is told."""
+    manager = make(mirror=Down(tmp_path).path)
+    handle = save(manager, 1)
+    manager.close()
+    assert handle.mirrored is not None
+    with pytest.raises(asyncckpt.CheckpointError, match=r"not mirrored before the end: .*[Nn]ot a directory"):
+        handle.mirrored.result(0)
+
+
+def test_a_manager_that_is_dropped(make: Make, kind: str, there: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    """Without being closed, as in a notebook: what it saved comes to the mirror, whose place is free then."""
+    place, options = there
+    writer: WriterKind = "thread" if kind.endswith("thread") else "auto"
+    manager = CheckpointManager(tmp_path / "here", mirror=place, writer=writer, **options)
+    handle = save(manager, 1)
+    del manager
+    assert handle.mirrored is not None
+    assert handle.mirrored.result(60).global_step == 1
+    wait_for(lambda: not Places(options.get("storage_options")).is_locked(place))
+    again = make()
+    save(again, 2)
+    again.wait(60, tier="mirror")
+    wait_for(
+        lambda: (
+            sum(thread.name in ("asyncckpt-mirror", "asyncckpt-replicator") for thread in threading.enumerate()) == 1
+        )
+    )
+
+
+@only_to_a_directory
 def test_nothing_here_and_the_mirror_does_not_answer(make: Make, tmp_path: Path) -> None:
     """To start from scratch then would be a surprise."""
     down = Down(tmp_path)
@@ -500,6 +549,95 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert subprocess.run([sys.executable, "-c", source], check=False).returncode == -signal.SIGKILL
     with CheckpointManager(place, **options) as reader:
         wait_for(lambda: steps(reader) == [1, 2, 3])
+
+
+def stop_copying(manager: CheckpointManager) -> int:
+    """Let the mirror's process hear, and do, nothing for a while; its id."""
+    assert manager._mirror is not None
+    copier = manager._mirror._copier
+    assert isinstance(copier, ProcessCopier)
+    pid = copier.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+@only_to_a_directory
+def test_there_is_no_time_to_close(make: Make, reader: CheckpointManager) -> None:
+    """The time-out counts once, and the process goes on alone."""
+    manager = make()
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+    pid = stop_copying(manager)
+    try:
+        handle = save(manager, 2)
+        started = time.monotonic()
+        manager.close(4)
+        assert time.monotonic() - started < 7
+        assert handle.mirrored is not None
+        with pytest.raises(asyncckpt.CheckpointError, match="not mirrored before the end"):
+            handle.mirrored.result(0)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: steps(reader) == [1, 2])
+    wait_for(lambda: not os.path.exists(f"/proc/{pid}"))
+
+
+@only_to_a_directory
+def test_leaving_what_is_lacking_to_the_process(make: Make, reader: CheckpointManager) -> None:
+    """As when the grace period of a job that is ended is over: nothing waits for the mirror any more."""
+    manager = make()
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+    pid = stop_copying(manager)
+    try:
+        save(manager, 2).result(60)
+        manager.leave_to_writer()
+        with pytest.raises(WaitTimeoutError, match="does not have everything yet"):
+            manager.wait(tier="mirror")
+        manager.close()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: steps(reader) == [1, 2])
+    os.kill(pid, signal.SIGKILL)  # it would wait for the end of this process for some seconds
+
+
+@only_to_a_directory
+def test_pokes_never_wait(make: Make, reader: CheckpointManager) -> None:
+    """Not even for a process that hears nothing, as often as somebody looks whether the mirror has everything."""
+    manager = make()
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+    pid = stop_copying(manager)
+    mirror = manager._mirror
+    assert mirror is not None
+    poking = threading.Thread(target=lambda: [mirror.poke() for _ in range(20_000)], daemon=True)
+    poking.start()
+    poking.join(30)
+    assert not poking.is_alive()
+    os.kill(pid, signal.SIGCONT)
+    save(manager, 2)
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [1, 2]
+
+
+@only_to_a_directory
+def test_the_interpreter_waits_for_a_thread_that_copies(reader: CheckpointManager, tmp_path: Path) -> None:
+    """As for saves that are in flight, since nobody else will bring them there."""
+    source = f"""
+import sys, time
+sys.path[:0] = {sys.path!r}
+import asyncckpt, torch
+from asyncckpt.registry.replication import Replica
+from torch import nn
+copy = Replica.copy
+Replica.copy = lambda *arguments: (time.sleep(0.3), copy(*arguments))[1]
+manager = asyncckpt.CheckpointManager({str(tmp_path / "here")!r}, mirror={str(tmp_path / "there")!r}, writer="thread")
+for step in range(1, 4):
+    manager.save(nn.Linear(20, 20), None, 1, step)
+"""
+    subprocess.run([sys.executable, "-c", source], check=True)
+    assert steps(reader) == [1, 2, 3]
 
 
 @only_to_a_directory

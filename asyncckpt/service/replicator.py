@@ -39,8 +39,14 @@ class Listener(Protocol):
     def given_up(self, sequence: int, error: Exception) -> None:
         """It will never be there."""
 
-    def progress(self, mirrored: int, problem: Exception | None, caught_up_with: int) -> None:
-        """Everything up to `mirrored` is settled, and all that there was at that poke; what keeps the rest waiting."""
+    def progress(self, mirrored: int, problem: Exception | None, caught_up_with: int, tried: int) -> None:
+        """Everything up to `mirrored` is settled, and all that there was at that poke; what keeps the rest waiting.
+
+        `tried` is the last poke after which something was tried, with success or not.
+        """
+
+    def ended(self) -> None:
+        """Nothing more will be told."""
 
 
 class Replicator:
@@ -54,22 +60,33 @@ class Replicator:
         self._newest_poke = 0  # for who pokes from one thread, and asks whether that is done
         self._taken_poke = 0
         self._caught_up_with = 0
+        self._tried = 0
         self._mirrored = 0
         self._problem: Exception | None = None
         self._is_stopped = False
+        self._is_hurried = False
+        self._is_finishing = False
         self._damaged: set[int] = set()
         self._thread = threading.Thread(target=self._run, name="asyncckpt-replicator", daemon=True)
         self._thread.start()
 
-    def poke(self, number: int) -> None:
-        """There may be something to copy. Numbers grow, but may come in another order."""
+    def poke(self, number: int, *, is_hurried: bool = False) -> None:
+        """There may be something to copy. Numbers grow, but may come in another order. In a hurry, no pause after a
+        failure is waited for."""
         self._pokes.put(number)
         self._newest_poke = max(self._newest_poke, number)
+        if is_hurried:
+            self._is_hurried = True
 
-    def poke_at_last(self) -> None:
-        """The trainer has ended: once nobody finishes its checkpoints any more, copy those too. Blocks until then."""
+    def await_source(self) -> None:
+        """Wait for who finishes the checkpoints of a trainer that has ended."""
         self._replica.await_source()
-        self.poke(self._newest_poke + 1)
+
+    def finish(self) -> None:
+        """End once nothing is lacking, or what is lacking can't be brought. Does not wait."""
+        self._newest_poke = number = self._newest_poke + 1  # before it is asked whether that is done
+        self._is_finishing = True
+        self.poke(number, is_hurried=True)
 
     def stop(self) -> None:
         """End after the checkpoint that is being copied."""
@@ -80,16 +97,6 @@ class Replicator:
         """Wait for the thread to end; False on time-out."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
-
-    @property
-    def is_caught_up(self) -> bool:
-        """Whether nothing is lacking, as of the last poke."""
-        return self._caught_up_with >= self._newest_poke
-
-    @property
-    def problem(self) -> Exception | None:
-        """What keeps it from copying at the moment."""
-        return self._problem
 
     def _run(self) -> None:
         lower_priority(self._nice)
@@ -106,17 +113,22 @@ class Replicator:
                 problem = CheckpointError(f"{type(error).__name__}: {error}")
                 problem.__cause__ = error
                 self._note_problem(problem)
+            self._tried = self._taken_poke
             self._tell_progress()
+            if self._is_finishing and self._tried >= self._newest_poke:
+                break
         try:
             self._replica.close()
         except Exception as error:
             log_quietly(logging.WARNING, f"the mirror could not be given back: {error}")
+        self._listener.ended()
 
     def _await_poke(self, pause: float) -> bool:
         """After a failure only the pause is waited for. False when it is to end."""
         deadline = time.monotonic() + pause
-        while not self._is_stopped and (rest := deadline - time.monotonic()) > 0:
+        while not self._is_stopped and not self._is_hurried and (rest := deadline - time.monotonic()) > 0:
             time.sleep(min(rest, _POLL_SECS))
+        self._is_hurried = False  # before its poke is taken
         if pause == 0.0:
             self._taken_poke = max(self._taken_poke, self._pokes.get())
         while not self._pokes.empty():
@@ -161,7 +173,7 @@ class Replicator:
         self._problem = error
 
     def _tell_progress(self) -> None:
-        self._listener.progress(self._mirrored, self._problem, self._caught_up_with)
+        self._listener.progress(self._mirrored, self._problem, self._caught_up_with, self._tried)
 
 
 def _next_pause(pause: float) -> float:
