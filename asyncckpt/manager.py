@@ -32,7 +32,7 @@ from asyncckpt.errors import (
 from asyncckpt.image.file import verify_listed
 from asyncckpt.naming import BEST_NAME, JOURNALS_NAME, checkpoint_name
 from asyncckpt.overhead import OverheadMeter
-from asyncckpt.paths import as_path
+from asyncckpt.paths import as_path, scheme_of
 from asyncckpt.policies import Progress, SavePolicy
 from asyncckpt.records import CheckpointInfo, Timings, VerifyReport, is_better
 from asyncckpt.registry.directory import CheckpointDirectory, Listing
@@ -130,6 +130,7 @@ class CheckpointManager:
         _check_policy("retention", retention)
         _check_policy("mirror_retention", mirror_retention)
         _check_backlog(mirror_backlog_bytes)
+        mirror_place = _mirror_place(mirror, str(self.checkpoint_dir)) if mirror is not None else None
         if retention is None:
             if not isinstance(max_checkpoints, int) or isinstance(max_checkpoints, bool) or max_checkpoints < 1:
                 raise ValueError(f"max_checkpoints must be a whole number of at least 1, not {max_checkpoints!r}")
@@ -153,12 +154,9 @@ class CheckpointManager:
         self._mirror_directory: CheckpointDirectory | None = None
         self._mirror: Mirror | None = None
         tiers = [self._directory]
-        if mirror is not None:
-            place = full_path(mirror, "mirror")
-            if place == str(self.checkpoint_dir):
-                raise ValueError(f"the mirror must be another place than checkpoint_dir, not {place!r} again")
+        if mirror_place is not None:
             self._mirror_directory = CheckpointDirectory(
-                place,
+                mirror_place,
                 self._saver.storage,
                 retention=mirror_retention or retention,
                 metric=monitor_metric,
@@ -401,6 +399,16 @@ class CheckpointManager:
         if seen is not None:
             self._directory.continue_run(seen.run_id, seen.last_sequence)
 
+    def _find_mirrored(self, mirror: CheckpointDirectory) -> int:
+        """How far the mirror is; asked, for a short time, if nothing has been heard of it yet. 0 if it does not say."""
+        if self._mirror is not None and self._mirror.mirrored:
+            return self._mirror.mirrored
+        with contextlib.suppress(OSError, CheckpointError):
+            found = _ask_mirror(mirror)
+            if found.run_id == self._registry().run_id:
+                return found.last_sequence
+        return 0
+
     def _is_empty(self) -> bool:
         """Whether the directory holds nothing of any run; not so if it can't be read, which its opening tells of."""
         with contextlib.suppress(OSError, CheckpointError):
@@ -409,16 +417,10 @@ class CheckpointManager:
         return False
 
     def _look_at_mirror(self, mirror: CheckpointDirectory) -> Registry | None:
-        asking = BoundedStorage()  # this one's silence is not that of the directory
-        problem: Exception
         try:
-            return asking.ask(lambda: mirror.read().registry, _MAX_MIRROR_LOOK_SECS)
-        except NoAnswerError:
-            problem = CheckpointError(f"it has not answered for {_MAX_MIRROR_LOOK_SECS:g} s")
+            return _ask_mirror(mirror)
         except (OSError, CheckpointError) as error:
             problem = error
-        finally:
-            asking.end(_nothing)
         log_quietly(
             logging.WARNING,
             f"{self.checkpoint_dir} is empty, and its mirror {mirror.path} can't be looked at ({problem}): a NEW run "
@@ -667,6 +669,8 @@ class CheckpointManager:
         deleted, durably. With `dry_run` nothing is changed. Raises as `save` does when the directory can't be written.
         In a distributed run rank 0 does it, and waits for nobody; on the others nothing happens, and none are returned.
         """
+        if Ranks().is_first and self._mirror_directory is not None:
+            self._directory.mirrored = self._find_mirrored(self._mirror_directory)
         if dry_run:
             return [self._directory.locate(info) for info in self._directory.prune(retention, dry_run=True)]
         return self._on_directory(lambda: self._directory.prune(retention), "prune")
@@ -723,8 +727,9 @@ class CheckpointManager:
     def wait(self, timeout: float | None = None, *, tier: Literal["local", "mirror"] = "local") -> None:
         """The barrier: return once every save before is durable and what it replaced is deleted, or raise.
 
-        With `tier="mirror"` only once the mirror has all that too; while it does not answer, this waits. In a
-        distributed run it is a barrier of all ranks. See `AsyncCheckpointSaver.wait`.
+        With `tier="mirror"` only once the mirror has all that too, and what was saved before this run; while it does
+        not answer, this waits. What never came there, being damaged or dropped before, is raised once. In a distributed
+        run it is a barrier of all ranks. See `AsyncCheckpointSaver.wait`.
         """
         if tier not in ("local", "mirror"):
             raise ValueError(f"tier must be 'local' or 'mirror', not {tier!r}")
@@ -736,11 +741,12 @@ class CheckpointManager:
     def _wait(self, timeout: float | None, tier: str) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
         self._saver.wait(timeout)
-        if tier == "mirror" and (mirror := self._mirror) is not None:
+        if tier == "mirror" and (mirror := self._running_mirror()) is not None:
             rest = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not mirror.wait(rest):
                 reason = f": {mirror.problem}" if mirror.problem is not None else ""
                 raise WaitTimeoutError(f"the mirror does not have everything yet{reason}")
+            _raise_losses(mirror.take_losses())
 
     def close(self, timeout: float | None = None) -> None:
         """Wait until everything is durable, and give threads, memory and the directory back. Raises as `wait` does.
@@ -799,6 +805,41 @@ def _check_backlog(num_bytes: int) -> None:
         raise TypeError(f"mirror_backlog_bytes must be an int, not {type(num_bytes).__name__}")
     if not 0 <= num_bytes <= _MAX_BACKLOG_BYTES:
         raise ValueError(f"mirror_backlog_bytes must be from 0 to {_MAX_BACKLOG_BYTES}, not {num_bytes}")
+
+
+def _raise_losses(losses: list[Exception]) -> None:
+    if len(losses) == 1:
+        raise losses[0]
+    if losses:
+        raise CheckpointError(
+            f"{len(losses)} checkpoints never came to the mirror; the first: {losses[0]}"
+        ) from losses[0]
+
+
+def _ask_mirror(mirror: CheckpointDirectory) -> Registry:
+    """What is in the mirror, by a thread of its own: its silence is not that of the directory. Blocks for a short time.
+
+    Raises OSError and `CheckpointError`.
+    """
+    asking = BoundedStorage()
+    try:
+        return asking.ask(lambda: mirror.read().registry, _MAX_MIRROR_LOOK_SECS)
+    except NoAnswerError:
+        raise CheckpointError(f"it has not answered for {_MAX_MIRROR_LOOK_SECS:g} s") from None
+    finally:
+        asking.end(_nothing)
+
+
+def _mirror_place(mirror: str | os.PathLike[str], directory: str) -> str:
+    place = full_path(mirror, "mirror")
+    is_same = place == directory
+    if not scheme_of(place) and not scheme_of(directory):
+        is_same = os.path.realpath(place) == os.path.realpath(directory)
+        with contextlib.suppress(OSError):  # neither need be there
+            is_same = is_same or os.path.samefile(place, directory)
+    if is_same:
+        raise ValueError(f"the mirror must be another place than checkpoint_dir, not {place!r} again")
+    return place
 
 
 def _run(action: Callable[[], object]) -> None:

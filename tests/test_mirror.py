@@ -245,8 +245,10 @@ def test_a_damaged_one_is_not_mirrored(make: Make, reader: CheckpointManager, tm
     path.write_bytes(content)
     manager = make(max_checkpoints=3)
     save(manager, 3)
-    manager.wait(60, tier="mirror")
+    with pytest.raises(asyncckpt.CorruptCheckpointError, match="step00000001"):
+        manager.wait(60, tier="mirror")
     assert steps(reader) == [2, 3]
+    manager.wait(60, tier="mirror")  # it has been said
 
 
 class Down:
@@ -300,7 +302,8 @@ def test_beyond_the_backlog_the_oldest_are_dropped_loudly(
     manager.prune(KeepLast(1), dry_run=True)
     assert caplog.text.count("dropped before it was mirrored") == 2
     down.up()
-    manager.wait(60, tier="mirror")
+    with pytest.raises(asyncckpt.CheckpointError, match="2 checkpoints never came to the mirror; the first: commit 1"):
+        manager.wait(60, tier="mirror")
     with CheckpointManager(down.path) as reader:
         assert steps(reader) == [3, 4]
     assert handles[0].mirrored is not None
@@ -450,6 +453,97 @@ def test_a_mirror_that_is_down_just_at_the_first_save(make: Make, reader: Checkp
     second.wait(60, tier="mirror")
     assert steps(reader) == [3, 4]
     assert [info.sequence for info in second.list_checkpoints()] == [4]
+
+
+@only_to_a_directory
+def test_waiting_before_the_first_save(make: Make, reader: CheckpointManager) -> None:
+    """Brings what earlier runs have saved."""
+    first = make(mirror=None)
+    save(first, 1)
+    first.close(60)
+    make().wait(60, tier="mirror")
+    assert steps(reader) == [1]
+
+
+@only_to_a_directory
+def test_pruning_goes_by_what_the_mirror_has_now(make: Make, reader: CheckpointManager) -> None:
+    """Not by what it had at the last save; nor is everything kept, because nothing has been heard of it yet."""
+    manager = make(max_checkpoints=5)
+    for step in range(1, 6):
+        save(manager, step)
+    manager.wait(60, tier="mirror")
+    assert [info.global_step for info in manager.prune(KeepLast(3))] == [1, 2]
+    manager.close(60)
+    again = make(max_checkpoints=5)
+    assert [info.global_step for info in again.prune(KeepLast(1), dry_run=True)] == [3, 4]
+    assert [info.global_step for info in again.prune(KeepLast(1))] == [3, 4]
+    assert steps(reader) == [1, 2, 3, 4, 5]
+
+
+@only_to_a_directory
+def test_the_same_directory_by_another_name(make: Make, tmp_path: Path) -> None:
+    """Would be its own mirror, and nobody's writer."""
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    with pytest.raises(ValueError, match="another place"):
+        make(mirror=tmp_path / "link")
+    (tmp_path / "here").mkdir()
+    with pytest.raises(ValueError, match="another place"):
+        make(mirror=tmp_path / "link")
+
+
+@only_to_a_directory
+def test_a_checkpoint_that_is_mirrored_at_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the thread that saves has done anything more."""
+    manager = make()
+    save_listed = manager._saver.save_listed
+
+    def save_slowly(*arguments: Any, **options: Any) -> asyncckpt.SaveHandle:
+        handle = save_listed(*arguments, **options)
+        handle.result(60)
+        assert manager._mirror is not None
+        assert manager._mirror.wait(60)
+        return handle
+
+    monkeypatch.setattr(manager._saver, "save_listed", save_slowly)
+    for step in (1, 2):
+        handle = save(manager, step)
+        assert handle.mirrored is not None
+        assert handle.mirrored.result(60).global_step == step
+
+
+@only_to_a_directory
+def test_a_save_that_is_skipped_is_not_awaited(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it one that never came to the mirror."""
+    manager = make(when_full="skip")
+    save(manager, 1)
+    manager.wait(60)
+    with monkeypatch.context() as full:
+        full.setattr(manager._saver._admission, "enter", lambda: None)
+        handle = save(manager, 2)
+    assert handle.skipped
+    assert handle.mirrored is None
+    save(manager, 3)
+    manager.wait(60, tier="mirror")
+
+
+@only_to_a_directory
+def test_a_slow_callback_does_not_hold_up_the_mirror(make: Make) -> None:
+    """It is told by the thread that has made the checkpoint durable."""
+    ended, begun = threading.Event(), threading.Event()
+
+    def on_success(info: CheckpointInfo) -> None:
+        begun.set()
+        assert ended.wait(60)
+
+    manager = make(on_success=on_success)
+    try:
+        save(manager, 1)
+        assert begun.wait(60)
+        handle = save(manager, 2)
+        assert handle.mirrored is not None
+        assert handle.mirrored.result(30).global_step == 2
+    finally:
+        ended.set()
 
 
 @only_to_a_directory
