@@ -22,8 +22,10 @@ from torch import nn
 import asyncckpt
 from asyncckpt import CheckpointInfo, CheckpointManager, KeepLast, WaitTimeoutError
 from asyncckpt import manager as manager_module
+from asyncckpt.cli.listing import gather
 from asyncckpt.events import Event
 from asyncckpt.registry.directory import CheckpointDirectory
+from asyncckpt.registry.mirror_note import NoteWriter
 from asyncckpt.registry.recovery import Survey
 from asyncckpt.registry.retention import RetentionPolicy
 from asyncckpt.service import replicator
@@ -309,6 +311,42 @@ def test_beyond_the_backlog_the_oldest_are_dropped_loudly(
     assert handles[0].mirrored is not None
     with pytest.raises(asyncckpt.CheckpointError, match="before it was mirrored"):
         handles[0].mirrored.result(60)
+
+
+@only_to_a_directory
+def test_listing_says_how_the_mirror_stands(make: Make, tmp_path: Path) -> None:
+    """In the local directory, also when nothing runs."""
+    down, storage = Down(tmp_path), Places()
+    manager = make(mirror=down.path)
+    for step in (1, 2):
+        save(manager, step)
+    manager.close()
+    listed = gather(storage, str(tmp_path / "here")).mirror
+    assert listed is not None
+    assert (listed.place, listed.lacks) == (str(down.path), 2)
+    assert "ot a directory" in listed.problem
+    again = make(mirror=down.path)
+    with pytest.raises(WaitTimeoutError):
+        again.wait(2, tier="mirror")
+    assert gather(storage, str(tmp_path / "here")).mirror == listed  # it is down since then
+    down.up()
+    again.wait(60, tier="mirror")
+    listed = gather(storage, str(tmp_path / "here")).mirror
+    assert listed is not None
+    assert (listed.lacks, listed.problem) == (0, "")
+    assert steps(again) == [1, 2]
+    assert not gather(storage, str(tmp_path / "here")).not_of_this_run
+
+
+@only_to_a_directory
+def test_the_note_brings_no_removed_directory_back(make: Make, tmp_path: Path) -> None:
+    manager = make()
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+    note = NoteWriter(Places(), str(tmp_path / "here"), "s3://bucket/run")
+    shutil.rmtree(tmp_path / "here")
+    note.tell(7, None)
+    assert not (tmp_path / "here").exists()
 
 
 @only_to_a_directory

@@ -17,13 +17,12 @@ from concurrent.futures import Future
 
 from asyncckpt.errors import CheckpointError
 from asyncckpt.records import CheckpointInfo
-from asyncckpt.registry.replication import Replica
 from asyncckpt.registry.retention import RetentionPolicy, to_plain
 from asyncckpt.service import exit, messages
 from asyncckpt.service.handle import SaveHandle
 from asyncckpt.service.messages import Copied, Farewell, Finish, GivenUp, Happened, Logged, Poke, Progress, SetupMirror
 from asyncckpt.service.queue import Emit
-from asyncckpt.service.replicator import Replicator, make_replica
+from asyncckpt.service.replicator import Replicator, make_replicator
 from asyncckpt.service.writer_process import MIRROR_MODULE, WriterProcess, why_not
 from asyncckpt.storage.base import Storage
 from asyncckpt.threads import log_quietly
@@ -58,10 +57,13 @@ class Mirror:
         self.poke()
 
     @classmethod
-    def in_thread(cls, replica: Replica, emit: Emit, nice: int, exit_timeout_secs: float) -> Mirror:
+    def in_thread(
+        cls, setup: SetupMirror, retention: RetentionPolicy, storage: Storage, emit: Emit, exit_timeout_secs: float
+    ) -> Mirror:
         """Copied to by a thread of this process."""
         standing = Standing(emit)
-        return cls(standing, ThreadCopier(Replicator(replica, standing, nice=nice), standing), exit_timeout_secs)
+        replicator = make_replicator(setup, storage, retention, standing, nice=setup.nice)
+        return cls(standing, ThreadCopier(replicator, standing), exit_timeout_secs)
 
     @classmethod
     def in_process(cls, setup: SetupMirror, emit: Emit) -> Mirror:
@@ -91,7 +93,7 @@ class Mirror:
             except OSError as error:
                 reason = f"the mirror's process can't be started: {error}"
             log_quietly(logging.WARNING, f"{reason}: a thread copies to the mirror, and does not outlive the trainer")
-        return cls.in_thread(make_replica(setup, storage, retention), emit, setup.nice, exit_timeout_secs)
+        return cls.in_thread(setup, retention, storage, emit, exit_timeout_secs)
 
     @property
     def mirrored(self) -> int:

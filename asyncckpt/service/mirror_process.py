@@ -15,7 +15,7 @@ from asyncckpt.registry.retention import from_plain
 from asyncckpt.service import messages
 from asyncckpt.service.connection import Connection
 from asyncckpt.service.messages import Copied, Farewell, Finish, GivenUp, Happened, Message, Poke, Progress, SetupMirror
-from asyncckpt.service.replicator import Replicator, make_replica
+from asyncckpt.service.replicator import Replicator, make_replicator
 from asyncckpt.service.writer import Forwarder, run_process, step_back
 from asyncckpt.storage.places import Places
 from asyncckpt.threads import logger
@@ -81,7 +81,7 @@ class MirrorProcess:
         if isinstance(message, SetupMirror):
             step_back(message.nice)
             storage = Places(message.storage_options, message.journals)
-            self._replicator = Replicator(make_replica(message, storage, from_plain(message.retention)), self, nice=0)
+            self._replicator = make_replicator(message, storage, from_plain(message.retention), self, nice=0)
         elif isinstance(message, Poke):
             assert self._replicator is not None, "the trainer's first message is SetupMirror"
             self._replicator.poke(message.number, is_hurried=message.is_hurried)

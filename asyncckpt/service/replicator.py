@@ -17,6 +17,7 @@ from asyncckpt.errors import CheckpointError, CorruptCheckpointError
 from asyncckpt.events import EventKind
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.directory import CheckpointDirectory
+from asyncckpt.registry.mirror_note import NoteWriter
 from asyncckpt.registry.replication import Replica
 from asyncckpt.registry.retention import RetentionPolicy
 from asyncckpt.service.messages import SetupMirror
@@ -52,9 +53,10 @@ class Listener(Protocol):
 class Replicator:
     """One thread that copies when it is poked. Thread-safe."""
 
-    def __init__(self, replica: Replica, listener: Listener, *, nice: int) -> None:
+    def __init__(self, replica: Replica, listener: Listener, note: NoteWriter, *, nice: int) -> None:
         self._replica = replica
         self._listener = listener
+        self._note = note
         self._nice = nice
         self._pokes: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._newest_poke = 0  # for who pokes from one thread, and asks whether that is done
@@ -173,6 +175,7 @@ class Replicator:
         self._problem = error
 
     def _tell_progress(self) -> None:
+        self._note.tell(self._mirrored, self._problem)
         self._listener.progress(self._mirrored, self._problem, self._caught_up_with, self._tried)
 
 
@@ -180,8 +183,10 @@ def _next_pause(pause: float) -> float:
     return min(max(2 * pause, _FIRST_PAUSE_SECS), _MAX_PAUSE_SECS)
 
 
-def make_replica(setup: SetupMirror, storage: Storage, retention: RetentionPolicy) -> Replica:
-    """What a mirror's setup describes, but for what it can't always say. Asks no storage yet."""
+def make_replicator(
+    setup: SetupMirror, storage: Storage, retention: RetentionPolicy, listener: Listener, *, nice: int
+) -> Replicator:
+    """What a mirror's setup describes, but for what it can't always say."""
     source = CheckpointDirectory(os.fsdecode(setup.source), storage)
     target = CheckpointDirectory(
         os.fsdecode(setup.target),
@@ -191,4 +196,5 @@ def make_replica(setup: SetupMirror, storage: Storage, retention: RetentionPolic
         mode=setup.mode,
         lock_timeout_secs=setup.lock_timeout_secs,
     )
-    return Replica(source, storage, target)
+    note = NoteWriter(storage, source.path, target.path)
+    return Replicator(Replica(source, storage, target), listener, note, nice=nice)
