@@ -32,7 +32,7 @@ from asyncckpt.errors import (
 from asyncckpt.image.file import verify_listed
 from asyncckpt.naming import BEST_NAME, JOURNALS_NAME, checkpoint_name
 from asyncckpt.overhead import OverheadMeter
-from asyncckpt.paths import as_path
+from asyncckpt.paths import as_path, scheme_of
 from asyncckpt.policies import Progress, SavePolicy
 from asyncckpt.records import CheckpointInfo, Timings, VerifyReport, is_better
 from asyncckpt.registry.directory import CheckpointDirectory, Listing
@@ -57,6 +57,9 @@ if TYPE_CHECKING:
 
 _NUM_RECENT_SAVES = 5
 _MAX_LOOK_SECS = 2.0  # what a save spends on looking at a directory that does not answer, once
+_MAX_MIRROR_LOOK_SECS = 10.0  # the same for a mirror
+_MIRROR_TIER = 1  # among the places that are loaded from
+_MAX_BACKLOG_BYTES = 2**63 - 1
 
 
 class CheckpointManager:
@@ -124,6 +127,10 @@ class CheckpointManager:
         self.save_rng = save_rng
         self.weights_only = weights_only
         self._save_policy = save_policy
+        _check_policy("retention", retention)
+        _check_policy("mirror_retention", mirror_retention)
+        _check_backlog(mirror_backlog_bytes)
+        mirror_place = _mirror_place(mirror, str(self.checkpoint_dir)) if mirror is not None else None
         if retention is None:
             if not isinstance(max_checkpoints, int) or isinstance(max_checkpoints, bool) or max_checkpoints < 1:
                 raise ValueError(f"max_checkpoints must be a whole number of at least 1, not {max_checkpoints!r}")
@@ -147,12 +154,9 @@ class CheckpointManager:
         self._mirror_directory: CheckpointDirectory | None = None
         self._mirror: Mirror | None = None
         tiers = [self._directory]
-        if mirror is not None:
-            place = full_path(mirror, "mirror")
-            if place == str(self.checkpoint_dir):
-                raise ValueError(f"the mirror must be another place than checkpoint_dir, not {place!r} again")
+        if mirror_place is not None:
             self._mirror_directory = CheckpointDirectory(
-                place,
+                mirror_place,
                 self._saver.storage,
                 retention=mirror_retention or retention,
                 metric=monitor_metric,
@@ -314,18 +318,20 @@ class CheckpointManager:
             if self.save_best_only and not self._is_improvement(info):
                 return None
             self._note_branch(info)
-            if self._mirror is not None:
-                self._directory.mirrored = self._mirror.mirrored
+            if (mirror := self._running_mirror()) is not None:
+                self._directory.mirrored = mirror.mirrored
             listing = replace(self._directory.reserve(info), is_certain=is_certain)
             handle = self._submit_listed(checkpoint, listing, model, optimizer)
             if not handle.skipped:
-                self._follow(handle, listing)
                 self._note_saving(handle, info)
             return handle
 
     def _submit_listed(
         self, checkpoint: dict[str, Any], listing: Listing, model: torch.nn.Module, optimizer: Any
     ) -> SaveHandle:
+        """For the mirror too, which is told before, since it may have it at once."""
+        mirror, sequence = self._mirror, listing.info.sequence or 0
+        mirrored = mirror.expect(sequence) if mirror is not None else None
         handle: SaveHandle | None = None
         try:
             handle = self._saver.save_listed(
@@ -338,14 +344,12 @@ class CheckpointManager:
         finally:
             if handle is None or handle.skipped:
                 self._directory.withdraw(listing)
+                if mirror is not None:
+                    mirror.withdraw(sequence)
+        if mirror is not None and not handle.skipped:
+            handle.mirrored = mirrored
+            mirror.follow(handle, sequence)
         return handle
-
-    def _follow(self, handle: SaveHandle, listing: Listing) -> None:
-        """Let the mirror have it too."""
-        mirror, sequence = self._mirror, listing.info.sequence
-        if mirror is not None and sequence is not None:
-            handle.mirrored = mirror.expect(sequence)
-            handle.add_done_callback(lambda _: mirror.note_saved(sequence, handle.failure()))
 
     def _note_saving(self, handle: SaveHandle, info: CheckpointInfo) -> None:
         self._newest_step = info.global_step
@@ -368,7 +372,9 @@ class CheckpointManager:
             # Somebody may have moved or removed the directory under what is in flight.
             if not self._saver.wait_idle(self._max_opening_secs):
                 raise NoAnswerError
-            self._storage.ask(self._open_for_writing, self._max_opening_secs)
+            if not self._directory.was_open and self._mirror_directory is not None:
+                self._continue_run(self._mirror_directory)
+            self._storage.ask(self._directory.open_for_writing, self._max_opening_secs)
         except NoAnswerError:
             raise StorageBusyError(
                 f"{self.checkpoint_dir} could not be opened for writing: the storage does not answer. The opening goes "
@@ -378,17 +384,59 @@ class CheckpointManager:
             self._is_opening = False
         return True
 
-    def _open_for_writing(self) -> None:
-        """With a mirror: an empty directory goes on with the run that is there, and what it lacks is brought there."""
-        directory = self._mirror_directory
-        if directory is not None and not self._directory.was_open:
-            with contextlib.suppress(OSError, CheckpointError):
-                mirrored = directory.read().recorded
-                if mirrored is not None:
-                    self._directory.continue_run(mirrored.run_id, mirrored.last_sequence)
-        self._directory.open_for_writing()
-        if directory is not None and self._mirror is None:
-            self._mirror = self._start_mirror(directory)
+    def _continue_run(self, mirror: CheckpointDirectory) -> None:
+        """Let an empty directory go on with the run that is in the mirror: what a load found there, or what is found
+        there now.
+
+        The mirror is asked only if the directory is empty and nothing was loaded, and not for long: a save does not
+        wait for it. If it says nothing then, a new run begins, with a warning: its checkpoints are durable here,
+        but never come to a mirror that turns out to hold another run. Raises `NoAnswerError` if the directory itself
+        does not answer.
+        """
+        seen = self._resume.seen.get(_MIRROR_TIER)
+        if seen is None and self._storage.ask(self._is_empty, self._max_opening_secs):
+            seen = self._look_at_mirror(mirror)
+        if seen is not None:
+            self._directory.continue_run(seen.run_id, seen.last_sequence)
+
+    def _find_mirrored(self, mirror: CheckpointDirectory) -> int:
+        """How far the mirror is; asked, for a short time, if nothing has been heard of it yet. 0 if it does not say."""
+        if self._mirror is not None and self._mirror.mirrored:
+            return self._mirror.mirrored
+        with contextlib.suppress(OSError, CheckpointError):
+            found = _ask_mirror(mirror)
+            if found.run_id == self._registry().run_id:
+                return found.last_sequence
+        return 0
+
+    def _is_empty(self) -> bool:
+        """Whether the directory holds nothing of any run; not so if it can't be read, which its opening tells of."""
+        with contextlib.suppress(OSError, CheckpointError):
+            found = self._directory.read()
+            return found.recorded is None and not found.registry.checkpoints
+        return False
+
+    def _look_at_mirror(self, mirror: CheckpointDirectory) -> Registry | None:
+        try:
+            return _ask_mirror(mirror)
+        except (OSError, CheckpointError) as error:
+            problem = error
+        log_quietly(
+            logging.WARNING,
+            f"{self.checkpoint_dir} is empty, and its mirror {mirror.path} can't be looked at ({problem}): a NEW run "
+            "begins. Should the mirror hold checkpoints already, they are left alone, and nothing of this run comes "
+            f"there; to go on with them, stop, move {self.checkpoint_dir} away, and start again when it answers",
+        )
+        self._saver.emit("mirror_failed", mirror.path, f"a new run begins without it: {problem}")
+        return None
+
+    def _running_mirror(self) -> Mirror | None:
+        """The mirror, if there is to be one: from now on it is brought what it lacks."""
+        with self._saving:
+            if self._mirror is None and self._mirror_directory is not None:
+                self._saver.check_open()
+                self._mirror = self._start_mirror(self._mirror_directory)
+            return self._mirror
 
     def _start_mirror(self, directory: CheckpointDirectory) -> Mirror:
         retention, storage = directory.retention, self._saver.storage
@@ -405,7 +453,14 @@ class CheckpointManager:
             journals=self._directory.path_of(JOURNALS_NAME),
         )
         in_process = self._saver.writer != "thread" and storage.is_shared(directory.path)
-        return Mirror.start(setup, retention, storage, self._saver.emit, in_process=in_process)
+        return Mirror.start(
+            setup,
+            retention,
+            storage,
+            self._saver.emit,
+            in_process=in_process,
+            exit_timeout_secs=self._saver.exit_timeout_secs,
+        )
 
     def _looks_open(self) -> bool | None:
         """Whether the directory is open for writing; None when it should be, but the storage does not answer."""
@@ -614,6 +669,8 @@ class CheckpointManager:
         deleted, durably. With `dry_run` nothing is changed. Raises as `save` does when the directory can't be written.
         In a distributed run rank 0 does it, and waits for nobody; on the others nothing happens, and none are returned.
         """
+        if Ranks().is_first and self._mirror_directory is not None:
+            self._directory.mirrored = self._find_mirrored(self._mirror_directory)
         if dry_run:
             return [self._directory.locate(info) for info in self._directory.prune(retention, dry_run=True)]
         return self._on_directory(lambda: self._directory.prune(retention), "prune")
@@ -642,9 +699,10 @@ class CheckpointManager:
         self._saver.check_open()
         with self._saving:
             self._open()
+        mirror = self._running_mirror()
         changed = self._saver.run_on_worker(change, name, str(self.checkpoint_dir))
-        if self._mirror is not None:
-            self._mirror.poke()
+        if mirror is not None:
+            mirror.poke()
         return [self._directory.locate(info) for info in changed]
 
     # --- the writer process ---
@@ -654,8 +712,10 @@ class CheckpointManager:
         return Ranks().is_first and self._saver.use_writer_process()
 
     def leave_to_writer(self) -> None:
-        """As `AsyncCheckpointSaver.leave_to_writer`."""
+        """As `AsyncCheckpointSaver.leave_to_writer`; what the mirror lacks is its process's business, too."""
         self._saver.leave_to_writer()
+        if (mirror := self._mirror) is not None:
+            mirror.leave()
 
     # --- the end ---
 
@@ -667,8 +727,9 @@ class CheckpointManager:
     def wait(self, timeout: float | None = None, *, tier: Literal["local", "mirror"] = "local") -> None:
         """The barrier: return once every save before is durable and what it replaced is deleted, or raise.
 
-        With `tier="mirror"` only once the mirror has all that too; while it does not answer, this waits. In a
-        distributed run it is a barrier of all ranks. See `AsyncCheckpointSaver.wait`.
+        With `tier="mirror"` only once the mirror has all that too, and what was saved before this run; while it does
+        not answer, this waits. What never came there, being damaged or dropped before, is raised once. In a distributed
+        run it is a barrier of all ranks. See `AsyncCheckpointSaver.wait`.
         """
         if tier not in ("local", "mirror"):
             raise ValueError(f"tier must be 'local' or 'mirror', not {tier!r}")
@@ -680,11 +741,12 @@ class CheckpointManager:
     def _wait(self, timeout: float | None, tier: str) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
         self._saver.wait(timeout)
-        if tier == "mirror" and (mirror := self._mirror) is not None:
+        if tier == "mirror" and (mirror := self._running_mirror()) is not None:
             rest = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not mirror.wait(rest):
                 reason = f": {mirror.problem}" if mirror.problem is not None else ""
                 raise WaitTimeoutError(f"the mirror does not have everything yet{reason}")
+            _raise_losses(mirror.take_losses())
 
     def close(self, timeout: float | None = None) -> None:
         """Wait until everything is durable, and give threads, memory and the directory back. Raises as `wait` does.
@@ -731,6 +793,53 @@ class CheckpointManager:
         finally:
             self._close_mirror(deadline)
             self._give_back(None)
+
+
+def _check_policy(name: str, policy: RetentionPolicy | None) -> None:
+    if policy is not None and not isinstance(policy, RetentionPolicy):
+        raise TypeError(f"{name} must be a retention policy, as KeepLast(5) is, not {policy!r}")
+
+
+def _check_backlog(num_bytes: int) -> None:
+    if not isinstance(num_bytes, int) or isinstance(num_bytes, bool):
+        raise TypeError(f"mirror_backlog_bytes must be an int, not {type(num_bytes).__name__}")
+    if not 0 <= num_bytes <= _MAX_BACKLOG_BYTES:
+        raise ValueError(f"mirror_backlog_bytes must be from 0 to {_MAX_BACKLOG_BYTES}, not {num_bytes}")
+
+
+def _raise_losses(losses: list[Exception]) -> None:
+    if len(losses) == 1:
+        raise losses[0]
+    if losses:
+        raise CheckpointError(
+            f"{len(losses)} checkpoints never came to the mirror; the first: {losses[0]}"
+        ) from losses[0]
+
+
+def _ask_mirror(mirror: CheckpointDirectory) -> Registry:
+    """What is in the mirror, by a thread of its own: its silence is not that of the directory. Blocks for a short time.
+
+    Raises OSError and `CheckpointError`.
+    """
+    asking = BoundedStorage()
+    try:
+        return asking.ask(lambda: mirror.read().registry, _MAX_MIRROR_LOOK_SECS)
+    except NoAnswerError:
+        raise CheckpointError(f"it has not answered for {_MAX_MIRROR_LOOK_SECS:g} s") from None
+    finally:
+        asking.end(_nothing)
+
+
+def _mirror_place(mirror: str | os.PathLike[str], directory: str) -> str:
+    place = full_path(mirror, "mirror")
+    is_same = place == directory
+    if not scheme_of(place) and not scheme_of(directory):
+        is_same = os.path.realpath(place) == os.path.realpath(directory)
+        with contextlib.suppress(OSError):  # neither need be there
+            is_same = is_same or os.path.samefile(place, directory)
+    if is_same:
+        raise ValueError(f"the mirror must be another place than checkpoint_dir, not {place!r} again")
+    return place
 
 
 def _run(action: Callable[[], object]) -> None:

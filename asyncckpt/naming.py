@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 REGISTRY_NAME = "registry.json"
 LOCK_NAME = ".asyncckpt.lock"
+MIRROR_NOTE_NAME = "mirror.json"  # how a directory's mirror stands
 JOURNALS_NAME = ".asyncckpt-uploads"  # how far uploads to a mirror are
 CLAIM_NAME, ALIVE_NAME = "writer.json", "writer.alive"  # in its place, on storage without locks
 WRITER_LOG_PREFIX = "asyncckpt-writer-"

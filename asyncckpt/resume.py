@@ -21,7 +21,7 @@ from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.registry.files import Report
 from asyncckpt.registry.recovery import Survey, file_of
-from asyncckpt.registry.registry import FileDescription, read_description
+from asyncckpt.registry.registry import FileDescription, Registry, read_description
 from asyncckpt.state.restore import restore_checkpoint, taken_apart
 from asyncckpt.threads import log_quietly
 
@@ -96,13 +96,17 @@ class Target:
 
 class Resume:
     """Loads from one directory, or from several places of one run. Every method is collective, blocks, and restores on
-    all ranks or on none."""
+    all ranks or on none.
+
+    `seen` is what each place held when it was looked at last, by its number; only on the first rank.
+    """
 
     def __init__(self, tiers: Sequence[CheckpointDirectory], emit: Report, *, weights_only: bool) -> None:
         self._tiers = tiers
         self._directory = tiers[0]
         self._emit = emit
         self._weights_only = weights_only
+        self.seen: dict[int, Registry] = {}
 
     def latest(self, target: Target) -> dict[str, Any] | None:
         """Restore the newest checkpoint that every rank can read, and return it; None if there is none at all."""
@@ -180,7 +184,8 @@ class Resume:
         problems: list[Exception] = []
         for tier, directory in enumerate(self._tiers):
             try:
-                surveys.append((tier, _look(directory)))
+                surveys.append((tier, found := _look(directory)))
+                self.seen[tier] = found.registry
             except (OSError, CheckpointError) as error:
                 if tier > 0:
                     log_quietly(logging.WARNING, f"{directory.path} can't be looked at: {error}")

@@ -46,7 +46,7 @@ LAYERS = [
     "registry.replication",
     "image.transfer",
     "registry.directory",
-    "registry.recovery registry.turns",
+    "registry.recovery registry.turns registry.mirror_note",
     "registry.registry",
     "image.snapshot",
     "image.fence",
@@ -84,7 +84,7 @@ LAYERS = [
 TORCH_FREE = {
     *("errors", "events", "init", "naming", "records", "threads", "version", "policies", "interval", "overhead"),
     *("registry.registry", "registry.retention", "registry.recovery", "registry.directory"),
-    "registry.turns",
+    *("registry.turns", "registry.mirror_note"),
     *("registry.replication", "service.mirror", "service.mirror_process", "service.replicator"),
     *(f"image.{name}" for name in ("layout", "arena", "checksum", "verify", "file", "payloads", "whole_checksum")),
     *(f"image.{name}" for name in ("checked_file", "sparse_file", "selection", "fetch", "transfer")),

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,17 @@ from storage.s3_server import BUCKET, S3Server
 from torch import nn
 
 import asyncckpt
-from asyncckpt import CheckpointManager, KeepLast, WaitTimeoutError
+from asyncckpt import CheckpointInfo, CheckpointManager, KeepLast, WaitTimeoutError
+from asyncckpt import manager as manager_module
+from asyncckpt.cli.listing import gather
 from asyncckpt.events import Event
+from asyncckpt.registry.directory import CheckpointDirectory
+from asyncckpt.registry.mirror_note import NoteWriter
+from asyncckpt.registry.recovery import Survey
+from asyncckpt.registry.retention import RetentionPolicy
 from asyncckpt.service import replicator
 from asyncckpt.service.mirror import ProcessCopier
+from asyncckpt.service.saver import WriterKind
 from asyncckpt.storage.places import Places
 
 
@@ -239,8 +247,10 @@ def test_a_damaged_one_is_not_mirrored(make: Make, reader: CheckpointManager, tm
     path.write_bytes(content)
     manager = make(max_checkpoints=3)
     save(manager, 3)
-    manager.wait(60, tier="mirror")
+    with pytest.raises(asyncckpt.CorruptCheckpointError, match="step00000001"):
+        manager.wait(60, tier="mirror")
     assert steps(reader) == [2, 3]
+    manager.wait(60, tier="mirror")  # it has been said
 
 
 class Down:
@@ -294,12 +304,49 @@ def test_beyond_the_backlog_the_oldest_are_dropped_loudly(
     manager.prune(KeepLast(1), dry_run=True)
     assert caplog.text.count("dropped before it was mirrored") == 2
     down.up()
-    manager.wait(60, tier="mirror")
+    with pytest.raises(asyncckpt.CheckpointError, match="2 checkpoints never came to the mirror; the first: commit 1"):
+        manager.wait(60, tier="mirror")
     with CheckpointManager(down.path) as reader:
         assert steps(reader) == [3, 4]
     assert handles[0].mirrored is not None
     with pytest.raises(asyncckpt.CheckpointError, match="before it was mirrored"):
         handles[0].mirrored.result(60)
+
+
+@only_to_a_directory
+def test_listing_says_how_the_mirror_stands(make: Make, tmp_path: Path) -> None:
+    """In the local directory, also when nothing runs."""
+    down, storage = Down(tmp_path), Places()
+    manager = make(mirror=down.path)
+    for step in (1, 2):
+        save(manager, step)
+    manager.close()
+    listed = gather(storage, str(tmp_path / "here")).mirror
+    assert listed is not None
+    assert (listed.place, listed.lacks) == (str(down.path), 2)
+    assert "ot a directory" in listed.problem
+    again = make(mirror=down.path)
+    with pytest.raises(WaitTimeoutError):
+        again.wait(2, tier="mirror")
+    assert gather(storage, str(tmp_path / "here")).mirror == listed  # it is down since then
+    down.up()
+    again.wait(60, tier="mirror")
+    listed = gather(storage, str(tmp_path / "here")).mirror
+    assert listed is not None
+    assert (listed.lacks, listed.problem) == (0, "")
+    assert steps(again) == [1, 2]
+    assert not gather(storage, str(tmp_path / "here")).not_of_this_run
+
+
+@only_to_a_directory
+def test_the_note_brings_no_removed_directory_back(make: Make, tmp_path: Path) -> None:
+    manager = make()
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+    note = NoteWriter(Places(), str(tmp_path / "here"), "s3://bucket/run")
+    shutil.rmtree(tmp_path / "here")
+    note.tell(7, None)
+    assert not (tmp_path / "here").exists()
 
 
 @only_to_a_directory
@@ -312,6 +359,70 @@ def test_closing_does_not_wait_for_a_mirror_that_is_down(make: Make, tmp_path: P
 
 
 @only_to_a_directory
+def test_a_forked_child_waits_for_nothing(make: Make, reader: CheckpointManager) -> None:
+    """Whose mirror it is goes on."""
+    manager = make()
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        manager.close()
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    save(manager, 2)
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [1, 2]
+
+
+@only_to_a_directory
+def test_closing_tries_once_more(make: Make, tmp_path: Path) -> None:
+    """A mirror that was down when it was tried last, and is up by now, gets everything."""
+    down = Down(tmp_path)
+    failed = threading.Event()
+    manager = make(mirror=down.path, on_event=lambda event: failed.set() if event.kind == "mirror_failed" else None)
+    handle = save(manager, 1)
+    assert failed.wait(60)
+    down.up()
+    manager.close()
+    assert handle.mirrored is not None
+    assert handle.mirrored.result(0).global_step == 1
+    with CheckpointManager(down.path) as reader:
+        assert steps(reader) == [1]
+
+
+@only_to_a_directory
+def test_what_is_not_mirrored_when_it_is_closed_never_is(make: Make, tmp_path: Path) -> None:
+    """Whoever waits for that is told."""
+    manager = make(mirror=Down(tmp_path).path)
+    handle = save(manager, 1)
+    manager.close()
+    assert handle.mirrored is not None
+    with pytest.raises(asyncckpt.CheckpointError, match=r"not mirrored before the end: .*[Nn]ot a directory"):
+        handle.mirrored.result(0)
+
+
+def test_a_manager_that_is_dropped(make: Make, kind: str, there: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    """Without being closed, as in a notebook: what it saved comes to the mirror, whose place is free then."""
+    place, options = there
+    writer: WriterKind = "thread" if kind.endswith("thread") else "auto"
+    manager = CheckpointManager(tmp_path / "here", mirror=place, writer=writer, **options)
+    handle = save(manager, 1)
+    del manager
+    assert handle.mirrored is not None
+    assert handle.mirrored.result(60).global_step == 1
+    wait_for(lambda: not Places(options.get("storage_options")).is_locked(place))
+    again = make()
+    save(again, 2)
+    again.wait(60, tier="mirror")
+    wait_for(
+        lambda: (
+            sum(thread.name in ("asyncckpt-mirror", "asyncckpt-replicator") for thread in threading.enumerate()) == 1
+        )
+    )
+
+
+@only_to_a_directory
 def test_nothing_here_and_the_mirror_does_not_answer(make: Make, tmp_path: Path) -> None:
     """To start from scratch then would be a surprise."""
     down = Down(tmp_path)
@@ -319,6 +430,159 @@ def test_nothing_here_and_the_mirror_does_not_answer(make: Make, tmp_path: Path)
         make(mirror=down.path).load_latest(Filled())
     down.up()
     assert make(mirror=down.path).load_latest(Filled()) == (0, {})
+
+
+@pytest.fixture
+def silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A mirror that this process is never answered by."""
+    place, ended, read = tmp_path / "silent", threading.Event(), CheckpointDirectory.read
+
+    def read_silently(directory: CheckpointDirectory) -> Survey:
+        if directory.path == str(place):
+            assert ended.wait(60)
+        return read(directory)
+
+    monkeypatch.setattr(CheckpointDirectory, "read", read_silently)
+    yield place
+    ended.set()
+
+
+@only_to_a_directory
+def test_the_first_save_asks_no_mirror(make: Make, silent: Path) -> None:
+    """When there is something here, the run is known."""
+    first = make(mirror=None)
+    save(first, 1).result(60)
+    first.close(60)
+    second = make(mirror=silent, stall_timeout_secs=300.0)
+    save(second, 2).result(60)
+    assert steps(second) == [1, 2]
+    second.wait(60, tier="mirror")
+
+
+@only_to_a_directory
+def test_the_first_save_on_an_empty_disk_does_not_wait_for_a_silent_mirror(
+    make: Make, silent: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For long; that a new run begins is said loudly."""
+    monkeypatch.setattr(manager_module, "_MAX_MIRROR_LOOK_SECS", 0.1)
+    manager = make(mirror=silent, stall_timeout_secs=300.0)
+    save(manager, 1).result(60)
+    assert "a NEW run begins" in caplog.text
+    save(manager, 2).result(60)
+    assert caplog.text.count("a NEW run begins") == 1
+
+
+@only_to_a_directory
+def test_a_mirror_that_is_down_just_at_the_first_save(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
+    """On a new disk: what was loaded from the mirror says which run it is."""
+    first = make()
+    for step in (1, 2, 3):
+        save(first, step)
+    first.close(60)
+    shutil.rmtree(tmp_path / "here")
+    second, model = make(), Filled()
+    second.load_latest(model)
+    assert model.number == 3
+    (tmp_path / "there").rename(tmp_path / "away")
+    (tmp_path / "there").write_text("in the way")
+    save(second, 4).result(60)
+    (tmp_path / "there").unlink()
+    (tmp_path / "away").rename(tmp_path / "there")
+    second.wait(60, tier="mirror")
+    assert steps(reader) == [3, 4]
+    assert [info.sequence for info in second.list_checkpoints()] == [4]
+
+
+@only_to_a_directory
+def test_waiting_before_the_first_save(make: Make, reader: CheckpointManager) -> None:
+    """Brings what earlier runs have saved."""
+    first = make(mirror=None)
+    save(first, 1)
+    first.close(60)
+    make().wait(60, tier="mirror")
+    assert steps(reader) == [1]
+
+
+@only_to_a_directory
+def test_pruning_goes_by_what_the_mirror_has_now(make: Make, reader: CheckpointManager) -> None:
+    """Not by what it had at the last save; nor is everything kept, because nothing has been heard of it yet."""
+    manager = make(max_checkpoints=5)
+    for step in range(1, 6):
+        save(manager, step)
+    manager.wait(60, tier="mirror")
+    assert [info.global_step for info in manager.prune(KeepLast(3))] == [1, 2]
+    manager.close(60)
+    again = make(max_checkpoints=5)
+    assert [info.global_step for info in again.prune(KeepLast(1), dry_run=True)] == [3, 4]
+    assert [info.global_step for info in again.prune(KeepLast(1))] == [3, 4]
+    assert steps(reader) == [1, 2, 3, 4, 5]
+
+
+@only_to_a_directory
+def test_the_same_directory_by_another_name(make: Make, tmp_path: Path) -> None:
+    """Would be its own mirror, and nobody's writer."""
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    with pytest.raises(ValueError, match="another place"):
+        make(mirror=tmp_path / "link")
+    (tmp_path / "here").mkdir()
+    with pytest.raises(ValueError, match="another place"):
+        make(mirror=tmp_path / "link")
+
+
+@only_to_a_directory
+def test_a_checkpoint_that_is_mirrored_at_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the thread that saves has done anything more."""
+    manager = make()
+    save_listed = manager._saver.save_listed
+
+    def save_slowly(*arguments: Any, **options: Any) -> asyncckpt.SaveHandle:
+        handle = save_listed(*arguments, **options)
+        handle.result(60)
+        assert manager._mirror is not None
+        assert manager._mirror.wait(60)
+        return handle
+
+    monkeypatch.setattr(manager._saver, "save_listed", save_slowly)
+    for step in (1, 2):
+        handle = save(manager, step)
+        assert handle.mirrored is not None
+        assert handle.mirrored.result(60).global_step == step
+
+
+@only_to_a_directory
+def test_a_save_that_is_skipped_is_not_awaited(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it one that never came to the mirror."""
+    manager = make(when_full="skip")
+    save(manager, 1)
+    manager.wait(60)
+    with monkeypatch.context() as full:
+        full.setattr(manager._saver._admission, "enter", lambda: None)
+        handle = save(manager, 2)
+    assert handle.skipped
+    assert handle.mirrored is None
+    save(manager, 3)
+    manager.wait(60, tier="mirror")
+
+
+@only_to_a_directory
+def test_a_slow_callback_does_not_hold_up_the_mirror(make: Make) -> None:
+    """It is told by the thread that has made the checkpoint durable."""
+    ended, begun = threading.Event(), threading.Event()
+
+    def on_success(info: CheckpointInfo) -> None:
+        begun.set()
+        assert ended.wait(60)
+
+    manager = make(on_success=on_success)
+    try:
+        save(manager, 1)
+        assert begun.wait(60)
+        manager.wait(60, tier="mirror")
+        handle = save(manager, 2)
+        assert handle.mirrored is not None
+        assert handle.mirrored.result(20).global_step == 2
+    finally:
+        ended.set()
 
 
 @only_to_a_directory
@@ -330,6 +594,48 @@ def test_what_makes_no_sense(make: Make, tmp_path: Path) -> None:
         manager.wait(tier="moon")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="mirror"):
         make(mirror=tmp_path / "here")
+
+
+@only_to_a_directory
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [
+        ({"retention": 5}, TypeError),
+        ({"mirror_retention": 5}, TypeError),
+        ({"mirror_backlog_bytes": "64GB"}, TypeError),
+        ({"mirror_backlog_bytes": True}, TypeError),
+        ({"mirror_backlog_bytes": -1}, ValueError),
+        ({"mirror_backlog_bytes": 2**70}, ValueError),
+    ],
+)
+def test_mistakes_are_found_at_once(make: Make, option: dict[str, Any], error: type[Exception]) -> None:
+    """And not by a process in the background, after hours."""
+    (name,) = option
+    with pytest.raises(error, match=name):
+        make(**option)
+
+
+class WantsAccuracy(RetentionPolicy):
+    """Made by a user who forgot that there are checkpoints without."""
+
+    def kept(self, checkpoints: Sequence[CheckpointInfo]) -> frozenset[int]:
+        return frozenset(info.sequence or 0 for info in checkpoints if info.val_metrics["accuracy"] > 0.5)
+
+
+@only_to_a_directory
+def test_a_policy_that_fails_is_a_problem_of_the_mirror(make: Make) -> None:
+    """Nobody waits for it for ever."""
+    failed = threading.Event()
+    manager = make(
+        mirror_retention=WantsAccuracy(),
+        on_event=lambda event: failed.set() if event.kind == "mirror_failed" else None,
+    )
+    save(manager, 1).result(60)
+    assert failed.wait(60)
+    with pytest.raises(WaitTimeoutError, match="KeyError: 'accuracy'"):
+        manager.wait(0.1, tier="mirror")
+    manager.close()
+    assert steps(manager) == [1]
 
 
 # --- the process that copies ---
@@ -376,6 +682,95 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert subprocess.run([sys.executable, "-c", source], check=False).returncode == -signal.SIGKILL
     with CheckpointManager(place, **options) as reader:
         wait_for(lambda: steps(reader) == [1, 2, 3])
+
+
+def stop_copying(manager: CheckpointManager) -> int:
+    """Let the mirror's process hear, and do, nothing for a while; its id."""
+    assert manager._mirror is not None
+    copier = manager._mirror._copier
+    assert isinstance(copier, ProcessCopier)
+    pid = copier.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+@only_to_a_directory
+def test_there_is_no_time_to_close(make: Make, reader: CheckpointManager) -> None:
+    """The time-out counts once, and the process goes on alone."""
+    manager = make()
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+    pid = stop_copying(manager)
+    try:
+        handle = save(manager, 2)
+        started = time.monotonic()
+        manager.close(4)
+        assert time.monotonic() - started < 7
+        assert handle.mirrored is not None
+        with pytest.raises(asyncckpt.CheckpointError, match="not mirrored before the end"):
+            handle.mirrored.result(0)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: steps(reader) == [1, 2])
+    wait_for(lambda: not os.path.exists(f"/proc/{pid}"))
+
+
+@only_to_a_directory
+def test_leaving_what_is_lacking_to_the_process(make: Make, reader: CheckpointManager) -> None:
+    """As when the grace period of a job that is ended is over: nothing waits for the mirror any more."""
+    manager = make()
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+    pid = stop_copying(manager)
+    try:
+        save(manager, 2).result(60)
+        manager.leave_to_writer()
+        with pytest.raises(WaitTimeoutError, match="does not have everything yet"):
+            manager.wait(tier="mirror")
+        manager.close()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: steps(reader) == [1, 2])
+    os.kill(pid, signal.SIGKILL)  # it would wait for the end of this process for some seconds
+
+
+@only_to_a_directory
+def test_pokes_never_wait(make: Make, reader: CheckpointManager) -> None:
+    """Not even for a process that hears nothing, as often as somebody looks whether the mirror has everything."""
+    manager = make()
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+    pid = stop_copying(manager)
+    mirror = manager._mirror
+    assert mirror is not None
+    poking = threading.Thread(target=lambda: [mirror.poke() for _ in range(20_000)], daemon=True)
+    poking.start()
+    poking.join(30)
+    assert not poking.is_alive()
+    os.kill(pid, signal.SIGCONT)
+    save(manager, 2)
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [1, 2]
+
+
+@only_to_a_directory
+def test_the_interpreter_waits_for_a_thread_that_copies(reader: CheckpointManager, tmp_path: Path) -> None:
+    """As for saves that are in flight, since nobody else will bring them there."""
+    source = f"""
+import sys, time
+sys.path[:0] = {sys.path!r}
+import asyncckpt, torch
+from asyncckpt.registry.replication import Replica
+from torch import nn
+copy = Replica.copy
+Replica.copy = lambda *arguments: (time.sleep(0.3), copy(*arguments))[1]
+manager = asyncckpt.CheckpointManager({str(tmp_path / "here")!r}, mirror={str(tmp_path / "there")!r}, writer="thread")
+for step in range(1, 4):
+    manager.save(nn.Linear(20, 20), None, 1, step)
+"""
+    subprocess.run([sys.executable, "-c", source], check=True)
+    assert steps(reader) == [1, 2, 3]
 
 
 @only_to_a_directory

@@ -13,10 +13,21 @@ from rich.table import Table
 from asyncckpt.cli.output import clean, format_age, format_bytes, format_count, format_number, make_table
 from asyncckpt.naming import BEST_NAME, REGISTRY_NAME
 from asyncckpt.records import CheckpointInfo
+from asyncckpt.registry.mirror_note import MirrorNote, read_note
 from asyncckpt.registry.recovery import survey
 from asyncckpt.storage.base import Storage
 
 _MAX_METRICS = 30  # columns; the registry may name any number
+
+
+@dataclass(frozen=True)
+class ListedMirror:
+    """A directory's mirror, as the last run that copied there has left word: since when it has been so."""
+
+    place: str
+    lacks: int
+    problem: str
+    since: str
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class Listed:
     to_be_deleted: Sequence[str]
     damaged: Sequence[str]
     not_of_this_run: Sequence[str]
+    mirror: ListedMirror | None
 
 
 def gather(storage: Storage, directory: str) -> Listed:
@@ -56,7 +68,15 @@ def gather(storage: Storage, directory: str) -> Listed:
         to_be_deleted=[drop.name for drop in found.deletable],
         damaged=found.torn,
         not_of_this_run=[name for name in found.strangers if name not in found.torn],
+        mirror=_mirror(read_note(storage, directory), checkpoints),
     )
+
+
+def _mirror(note: MirrorNote | None, checkpoints: Sequence[CheckpointInfo]) -> ListedMirror | None:
+    if note is None:
+        return None
+    lacks = sum((info.sequence or 0) > note.mirrored and not info.damaged for info in checkpoints)
+    return ListedMirror(note.mirror, lacks, note.problem, note.since)
 
 
 def draw(listed: Listed, console: Console) -> None:
@@ -70,6 +90,8 @@ def draw(listed: Listed, console: Console) -> None:
         console.print(f"There are no checkpoints in {clean(listed.directory)}.")
     if any(info.protected for info in listed.checkpoints):
         console.print("protected: found without a registry; kept until the next prune")
+    if (mirror := listed.mirror) is not None:
+        console.print(_describe_mirror(mirror), style="yellow" if mirror.lacks or mirror.problem else "")
     for line in _notes(listed):
         console.print(line, style="yellow")
 
@@ -95,6 +117,12 @@ def _table(checkpoints: Sequence[CheckpointInfo]) -> Table:
             style="bold" if info.is_best else "",
         )
     return table
+
+
+def _describe_mirror(mirror: ListedMirror) -> str:
+    text = f"lacks {format_count(mirror.lacks, 'checkpoint')}" if mirror.lacks else "has all"
+    problem = f": {clean(mirror.problem)}, since {clean(mirror.since)}" if mirror.problem else ""
+    return f"mirror {clean(mirror.place)}: {text}{problem}"
 
 
 def _mark(info: CheckpointInfo) -> str:

@@ -1,4 +1,4 @@
-"""What happens to savers when the process ends or forks. No torch.
+"""What happens to savers, and mirrors, when the process ends or forks. No torch.
 
 At exit every saver is flushed, with a deadline. A failure that nobody has looked at turns an exit code of 0 into the
 saver's `exit_code` (74, EX_IOERR): a job whose last checkpoint was lost must not look like a success.
@@ -18,7 +18,7 @@ logger = logging.getLogger("asyncckpt")
 
 
 class Flushable(Protocol):
-    """What this module needs of a saver."""
+    """What this module needs of a saver, or of a mirror."""
 
     exit_code: int | None
 
@@ -34,12 +34,13 @@ class Flushable(Protocol):
         ...
 
 
-_savers: weakref.WeakSet[Flushable] = weakref.WeakSet()
+# In the order of their registration: a mirror comes after the saver whose checkpoints it is brought.
+_savers: weakref.WeakKeyDictionary[Flushable, None] = weakref.WeakKeyDictionary()
 
 
 def register(saver: Flushable) -> None:
     """Flush this saver at exit."""
-    _savers.add(saver)
+    _savers[saver] = None
 
 
 def is_over() -> bool:

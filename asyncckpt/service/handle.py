@@ -85,6 +85,13 @@ class SaveHandle(Future[CheckpointInfo]):
         """Call `fn(handle)` on the callback thread once the save has settled; an error in it is logged."""
         super().add_done_callback(lambda handle: self._run_callback(lambda: fn(handle)))
 
+    def call_at_once(self, fn: Callable[[Future[CheckpointInfo]], Any]) -> None:
+        """The mirror's: as `add_done_callback`, but on the thread that settles the save, which `fn` must not hold up.
+
+        What users do in their callbacks does not come before it.
+        """
+        super().add_done_callback(fn)
+
     def tell_when_seen(self, let_pass: Callable[[], None]) -> None:
         """The saver's: call this once somebody has been told that the snapshot is complete, and may write."""
         self._let_pass = let_pass

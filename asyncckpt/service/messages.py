@@ -197,9 +197,14 @@ class SetupMirror(Message, frozen=True):
 
 
 class Poke(Message, frozen=True):
-    """There may be something to copy."""
+    """There may be something to copy; in a hurry, no pause after a failure is waited for."""
 
     number: int
+    is_hurried: bool
+
+
+class Finish(Message, frozen=True):
+    """Nothing more will be saved, though the trainer may live on: copy what is lacking, and end."""
 
 
 class Copied(Message, frozen=True):
@@ -222,9 +227,10 @@ class Progress(Message, frozen=True):
     mirrored: int
     problem: PlainError | None
     caught_up_with: int
+    tried: int
 
 
-ToMirror = SetupMirror | Poke | Farewell
+ToMirror = SetupMirror | Poke | Finish | Farewell
 FromMirror = Copied | GivenUp | Progress | Happened | Logged
 
 

@@ -8,20 +8,18 @@ from __future__ import annotations
 import logging
 import os
 import select
-import time
 
 from asyncckpt.events import EventKind
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.retention import from_plain
 from asyncckpt.service import messages
 from asyncckpt.service.connection import Connection
-from asyncckpt.service.messages import Copied, Farewell, GivenUp, Happened, Message, Poke, Progress, SetupMirror
-from asyncckpt.service.replicator import Replicator, make_replica
+from asyncckpt.service.messages import Copied, Farewell, Finish, GivenUp, Happened, Message, Poke, Progress, SetupMirror
+from asyncckpt.service.replicator import Replicator, make_replicator
 from asyncckpt.service.writer import Forwarder, run_process, step_back
 from asyncckpt.storage.places import Places
 from asyncckpt.threads import logger
 
-_POLL_SECS = 0.05
 _MAX_ENDING_SECS = 10.0
 
 
@@ -39,6 +37,7 @@ class MirrorProcess:
         self._replicator: Replicator | None = None
         self._is_orphan = False
         self._is_over = False  # the trainer needs us no more
+        self._is_finishing = False  # it saves no more
 
     @property
     def is_orphan(self) -> bool:
@@ -51,21 +50,26 @@ class MirrorProcess:
     def run(self) -> None:
         logger.addHandler(Forwarder(self))
         logger.setLevel(logging.INFO)
-        while self._connection.wait(self._trainer_fd) or self._connection.has_more():
+        while not self._is_finishing and (self._connection.wait(self._trainer_fd) or self._connection.has_more()):
             received = self._connection.receive()
             if received is None:
                 break
             self._take(messages.decode_to_mirror(received[0]))
-        self._is_orphan = True
-        self._connection.shut_down()
+        if not self._is_finishing:
+            self._is_orphan = True
+            self._connection.shut_down()
         if self._replicator is not None:
-            if not self._is_over:
+            self._end(self._replicator)
+
+    def _end(self, replicator: Replicator) -> None:
+        if self._is_over:
+            replicator.stop()
+        else:
+            if self._is_orphan:
                 self._await_end_of_trainer()
-                self._replicator.poke_at_last()
-            while not self._is_over and not self._replicator.is_caught_up and self._replicator.problem is None:
-                time.sleep(_POLL_SECS)
-            self._replicator.stop()
-            self._replicator.join()
+                replicator.await_source()
+            replicator.finish()
+        replicator.join()
 
     def _await_end_of_trainer(self) -> None:
         """Its connections are closed before it counts as ended, which says that its writer is on its own."""
@@ -77,10 +81,12 @@ class MirrorProcess:
         if isinstance(message, SetupMirror):
             step_back(message.nice)
             storage = Places(message.storage_options, message.journals)
-            self._replicator = Replicator(make_replica(message, storage, from_plain(message.retention)), self, nice=0)
+            self._replicator = make_replicator(message, storage, from_plain(message.retention), self, nice=0)
         elif isinstance(message, Poke):
             assert self._replicator is not None, "the trainer's first message is SetupMirror"
-            self._replicator.poke(message.number)
+            self._replicator.poke(message.number, is_hurried=message.is_hurried)
+        elif isinstance(message, Finish):
+            self._is_finishing = True
         elif isinstance(message, Farewell):
             self._is_over = True
 
@@ -99,6 +105,9 @@ class MirrorProcess:
         if self._is_orphan:
             logger.error("%s", error)
 
-    def progress(self, mirrored: int, problem: Exception | None, caught_up_with: int) -> None:
+    def progress(self, mirrored: int, problem: Exception | None, caught_up_with: int, tried: int) -> None:
         plain = messages.describe_error(problem) if problem is not None else None
-        self.send(Progress(mirrored, plain, caught_up_with))
+        self.send(Progress(mirrored, plain, caught_up_with, tried))
+
+    def ended(self) -> None:
+        """The end of the process says it."""

@@ -18,6 +18,7 @@ from asyncckpt.events import EventKind
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.registry.files import NameTakenError
+from asyncckpt.registry.mirror_note import NoteWriter
 from asyncckpt.registry.replication import Replica
 from asyncckpt.registry.retention import RetentionPolicy
 from asyncckpt.service.messages import SetupMirror
@@ -40,38 +41,56 @@ class Listener(Protocol):
     def given_up(self, sequence: int, error: Exception) -> None:
         """It will never be there."""
 
-    def progress(self, mirrored: int, problem: Exception | None, caught_up_with: int) -> None:
-        """Everything up to `mirrored` is settled, and all that there was at that poke; what keeps the rest waiting."""
+    def progress(self, mirrored: int, problem: Exception | None, caught_up_with: int, tried: int) -> None:
+        """Everything up to `mirrored` is settled, and all that there was at that poke; what keeps the rest waiting.
+
+        `tried` is the last poke after which something was tried, with success or not.
+        """
+
+    def ended(self) -> None:
+        """Nothing more will be told."""
 
 
 class Replicator:
     """One thread that copies when it is poked. Thread-safe."""
 
-    def __init__(self, replica: Replica, listener: Listener, *, nice: int) -> None:
+    def __init__(self, replica: Replica, listener: Listener, note: NoteWriter, *, nice: int) -> None:
         self._replica = replica
         self._listener = listener
+        self._note = note
         self._nice = nice
         self._pokes: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._newest_poke = 0  # for who pokes from one thread, and asks whether that is done
         self._taken_poke = 0
         self._caught_up_with = 0
+        self._tried = 0
         self._mirrored = 0
         self._problem: Exception | None = None
         self._is_stopped = False
+        self._is_hurried = False
+        self._is_finishing = False
         self._given_up: set[int] = set()
         self._doubtful: int | None = None  # the number of what was being copied last, until that is known to be there
         self._thread = threading.Thread(target=self._run, name="asyncckpt-replicator", daemon=True)
         self._thread.start()
 
-    def poke(self, number: int) -> None:
-        """There may be something to copy. Numbers grow, but may come in another order."""
+    def poke(self, number: int, *, is_hurried: bool = False) -> None:
+        """There may be something to copy. Numbers grow, but may come in another order. In a hurry, no pause after a
+        failure is waited for."""
         self._pokes.put(number)
         self._newest_poke = max(self._newest_poke, number)
+        if is_hurried:
+            self._is_hurried = True
 
-    def poke_at_last(self) -> None:
-        """The trainer has ended: once nobody finishes its checkpoints any more, copy those too. Blocks until then."""
+    def await_source(self) -> None:
+        """Wait for who finishes the checkpoints of a trainer that has ended."""
         self._replica.await_source()
-        self.poke(self._newest_poke + 1)
+
+    def finish(self) -> None:
+        """End once nothing is lacking, or what is lacking can't be brought. Does not wait."""
+        self._newest_poke = number = self._newest_poke + 1  # before it is asked whether that is done
+        self._is_finishing = True
+        self.poke(number, is_hurried=True)
 
     def stop(self) -> None:
         """End after the checkpoint that is being copied."""
@@ -83,16 +102,6 @@ class Replicator:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    @property
-    def is_caught_up(self) -> bool:
-        """Whether nothing is lacking, as of the last poke."""
-        return self._caught_up_with >= self._newest_poke
-
-    @property
-    def problem(self) -> Exception | None:
-        """What keeps it from copying at the moment."""
-        return self._problem
-
     def _run(self) -> None:
         lower_priority(self._nice)
         pause = 0.0
@@ -101,19 +110,29 @@ class Replicator:
                 if self._catch_up():
                     pause, self._problem, self._caught_up_with = 0.0, None, self._taken_poke
             except (OSError, CheckpointError) as error:
-                pause = min(max(2 * pause, _FIRST_PAUSE_SECS), _MAX_PAUSE_SECS)
+                pause = _next_pause(pause)
                 self._note_problem(error)
+            except Exception as error:  # a policy of the user's, a mistake of ours: whoever waits must hear of it
+                pause = _next_pause(pause)
+                problem = CheckpointError(f"{type(error).__name__}: {error}")
+                problem.__cause__ = error
+                self._note_problem(problem)
+            self._tried = self._taken_poke
             self._tell_progress()
+            if self._is_finishing and self._tried >= self._newest_poke:
+                break
         try:
             self._replica.close()
-        except OSError as error:
+        except Exception as error:
             log_quietly(logging.WARNING, f"the mirror could not be given back: {error}")
+        self._listener.ended()
 
     def _await_poke(self, pause: float) -> bool:
         """After a failure only the pause is waited for. False when it is to end."""
         deadline = time.monotonic() + pause
-        while not self._is_stopped and (rest := deadline - time.monotonic()) > 0:
+        while not self._is_stopped and not self._is_hurried and (rest := deadline - time.monotonic()) > 0:
             time.sleep(min(rest, _POLL_SECS))
+        self._is_hurried = False  # before its poke is taken
         if pause == 0.0:
             self._taken_poke = max(self._taken_poke, self._pokes.get())
         while not self._pokes.empty():
@@ -170,11 +189,18 @@ class Replicator:
         self._problem = error
 
     def _tell_progress(self) -> None:
-        self._listener.progress(self._mirrored, self._problem, self._caught_up_with)
+        self._note.tell(self._mirrored, self._problem)
+        self._listener.progress(self._mirrored, self._problem, self._caught_up_with, self._tried)
 
 
-def make_replica(setup: SetupMirror, storage: Storage, retention: RetentionPolicy) -> Replica:
-    """What a mirror's setup describes, but for what it can't always say. Asks no storage yet."""
+def _next_pause(pause: float) -> float:
+    return min(max(2 * pause, _FIRST_PAUSE_SECS), _MAX_PAUSE_SECS)
+
+
+def make_replicator(
+    setup: SetupMirror, storage: Storage, retention: RetentionPolicy, listener: Listener, *, nice: int
+) -> Replicator:
+    """What a mirror's setup describes, but for what it can't always say."""
     source = CheckpointDirectory(os.fsdecode(setup.source), storage)
     target = CheckpointDirectory(
         os.fsdecode(setup.target),
@@ -184,4 +210,5 @@ def make_replica(setup: SetupMirror, storage: Storage, retention: RetentionPolic
         mode=setup.mode,
         lock_timeout_secs=setup.lock_timeout_secs,
     )
-    return Replica(source, storage, target)
+    note = NoteWriter(storage, source.path, target.path)
+    return Replicator(Replica(source, storage, target), listener, note, nice=nice)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 import asyncckpt
 from asyncckpt.cli.output import format_age, format_bytes
-from asyncckpt.naming import BEST_NAME, REGISTRY_NAME
+from asyncckpt.naming import BEST_NAME, MIRROR_NOTE_NAME, REGISTRY_NAME
 from cli.directories import BEST, files
 from cli.running import error_of, run, run_json
 
@@ -60,6 +61,52 @@ def test_a_registry_of_somebody_else(tmp_path: Path) -> None:
     """It can't be read, and the message says why."""
     (tmp_path / REGISTRY_NAME).write_text('{"checkpoints": []}')
     assert "not written by asyncckpt" in error_of("list", tmp_path)
+
+
+def test_the_mirror_is_on_a_line_of_its_own(directory: Path) -> None:
+    """With what it lacks, why, and since when."""
+    note = {"mirror": "s3://bucket/run", "mirrored": 3, "problem": "", "since": "2026-01-02T03:04:05+00:00"}
+    last = asyncckpt.CheckpointManager(directory).list_checkpoints()[-1].sequence
+    for changes, expected in (
+        ({}, "mirror s3://bucket/run: lacks 2 checkpoints"),
+        ({"mirrored": last}, "mirror s3://bucket/run: has all"),
+        (
+            {"mirrored": 4, "problem": "no\x1b[31m route"},
+            "mirror s3://bucket/run: lacks 1 checkpoint: no\\x1b[31m route, since 2026-01-02T03:04:05+00:00",
+        ),
+    ):
+        (directory / MIRROR_NOTE_NAME).write_text(json.dumps({**note, **changes}))
+        assert run("list", directory).stdout.splitlines()[-1] == expected
+    mirror = run_json("list", directory)["mirror"]
+    assert (mirror["place"], mirror["lacks"], mirror["problem"]) == ("s3://bucket/run", 1, "no\x1b[31m route")
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        b"",
+        b"\xff\xfe",
+        b"[" * 60_000,
+        b"{}",
+        b'{"mirror": 5}',
+        b'{"mirror": "m", "mirrored": -1}',
+        b'{"mirror": "m", "mirrored": 1e400}',
+        b'{"mirror": "m", "problem": "' + b"x" * 5000 + b'"}',
+        b" " * (1 << 20) + b'{"mirror": "m"}',
+    ],
+)
+def test_a_note_of_a_mirror_that_makes_no_sense(directory: Path, contents: bytes) -> None:
+    """Does no harm."""
+    (directory / MIRROR_NOTE_NAME).write_bytes(contents)
+    assert run_json("list", directory)["mirror"] is None
+    assert "mirror" not in run("list", directory).stdout
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_a_note_of_a_mirror_that_is_no_file(directory: Path, make: Callable[[Path], None]) -> None:
+    """Nor does that; nobody waits for it either."""
+    make(directory / MIRROR_NOTE_NAME)
+    assert run_json("list", directory)["mirror"] is None
 
 
 def test_files_that_are_gone_restorable_or_of_others_are_noted(directory: Path) -> None:
