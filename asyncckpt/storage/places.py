@@ -115,6 +115,9 @@ class Places(Storage):
     def is_locked(self, directory: str) -> bool:
         return self.storage_of(directory).is_locked(directory)
 
+    def holder(self, directory: str) -> str:
+        return self.storage_of(directory).holder(directory)
+
     def is_near(self, directory: str) -> bool:
         return self.storage_of(directory).is_near(directory)
 
