@@ -47,9 +47,20 @@ _PASSING = frozenset(
     {
         *("BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "IncompleteBody", "RequestTimeout"),
         *("MalformedXML", "InvalidPart", "InvalidPartOrder"),  # what we send is well-formed, and the parts are there
-        *("SlowDown", "Throttling", "ConditionalRequestConflict", "OperationAborted"),
+        *("ConditionalRequestConflict", "OperationAborted"),
     }
 )
+# The store has too much to do: so say AWS's services (as botocore knows them), and other stores in words of their own.
+_THROTTLING = frozenset(
+    {
+        *("SlowDown", "Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled"),
+        *("RequestThrottledException", "TooManyRequests", "TooManyRequestsException", "TooMuchConcurrency"),
+        *("RequestLimitExceeded", "BandwidthLimitExceeded", "LimitExceededException", "RateLimitExceeded"),
+        *("PriorRequestNotComplete", "ProvisionedThroughputExceededException"),
+        *("SlowDownRead", "SlowDownWrite", "ServiceUnavailable", "ServerBusy", "Busy"),
+    }
+)
+_PASSING_STATUSES = frozenset({408, 425, 429})  # and all of 500 and above
 _CREDENTIALS = "check key and secret in storage_options, or what the environment has of credentials"
 _REFUSALS = {
     "InvalidAccessKeyId": f"the store knows no such access key; {_CREDENTIALS}",
@@ -286,13 +297,13 @@ def _explained_answer(response: Answer, operation: str, bucket: str) -> OSError:
         return UploadGoneError(errno.ENOENT, "the multipart upload is gone")
     if code in _ABSENT:
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-    if code in _CONFLICT:
+    if code in _CONFLICT or status == 412:
         return ConflictError(errno.EEXIST, "somebody else has written it meanwhile")
     if code in _REFUSALS:
         return PermissionError(errno.EACCES, _REFUSALS[code].format(operation=operation))
     if code in _WRONG_REGION:
         return OSError(errno.EINVAL, f"the bucket is in another region ({message}); set region_name in client_kwargs")
-    if status >= 500 or code in _PASSING:
+    if status >= 500 or status in _PASSING_STATUSES or code in _PASSING | _THROTTLING:
         return OSError(errno.ETIMEDOUT, f"{operation}: {message}")
     if status in (401, 403):
         return PermissionError(errno.EACCES, f"the store refuses {operation}; {_CREDENTIALS}")

@@ -206,3 +206,36 @@ def test_a_copy_in_parts(
     assert server.client().cat_file(f"{place}/link") == (b"old" if fails else contents)
     assert not uploads(server, f"{place}/link")
     assert storage.list_names(place) == ["file", "link"]
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        *((429, "TooManyRequests"), (429, "RateLimitExceeded"), (429, ""), (408, ""), (425, "TooEarly")),
+        *((400, "ThrottlingException"), (400, "RequestTimeout"), (409, "TooMuchConcurrency"), (403, "SlowDown")),
+        *((509, "BandwidthLimitExceeded"), (400, "RequestLimitExceeded")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["put_object checkpoint", "upload_part checkpoint", "get_object checkpoint"])
+def test_a_store_that_is_throttling_is_asked_again(
+    storage: S3Storage, proxy: S3Proxy, place: str, kind: str, refusal: tuple[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever status and code it says it with, with a body or, as to a HEAD, without."""
+    monkeypatch.setattr(proxy, "refusal", refusal)
+    monkeypatch.setattr(s3_requests, "_LEAST_SECS", 15.0)
+    contents = make_content(PART_BYTES + 1 if kind.startswith("upload_part") else 10)
+    proxy.arm(Fault("refuse", kind))
+    put_by_upload(storage, f"{place}/file", contents)
+    assert storage.read(f"{place}/file", len(contents)) == contents
+    assert proxy.num_hits == 1
+
+
+@pytest.mark.parametrize("refusal", [(412, "PreconditionFailed"), (412, "")], ids=str)
+def test_a_conflict_is_not_taken_for_throttling(
+    storage: S3Storage, proxy: S3Proxy, place: str, refusal: tuple[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy, "refusal", refusal)
+    proxy.arm(Fault("refuse", "put_object registry", times=1000))
+    with pytest.raises(ConflictError):
+        storage.replace(f"{place}/registry.json", b"1", expected="")
