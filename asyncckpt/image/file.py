@@ -26,7 +26,8 @@ def verify(path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] |
     """Read every byte of a checkpoint and check it. Blocks; thread-safe; loads nothing, runs nothing.
 
     A damaged file is a report with problems, not an exception. One that is replaced meanwhile is read anew. Raises
-    `CheckpointNotFoundError`, and OSError when reading fails.
+    `CheckpointNotFoundError`, `CheckpointError` for `storage_options` that can't be used, and OSError when reading
+    fails.
     """
     return _verify(Places(storage_options), file_path(path), follow_links=True)
 

@@ -65,7 +65,8 @@ def load(
     only for files whose author you trust.
 
     Raises `CheckpointNotFoundError`, `CorruptCheckpointError` (naming the record), `UnsafeCheckpointError` (naming what
-    the file wanted to call), `CheckpointError` for a key that nothing is at, and OSError when reading fails.
+    the file wanted to call), `CheckpointError` for a key that nothing is at, and for `storage_options` that
+    can't be used, and OSError when reading fails.
     """
     name, storage = file_path(path), Places(storage_options)
 

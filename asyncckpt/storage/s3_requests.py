@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from asyncckpt.errors import CheckpointError, MissingExtraError
 from asyncckpt.storage.base import ConflictError
+from asyncckpt.storage.options import s3_options, unusable
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -73,6 +74,10 @@ _REFUSALS = {
 _WRONG_REGION = frozenset({"301", "PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"})
 
 
+# Ours, or of a client's code: neither the store nor the network is to blame, and no other try can help.
+_MISTAKES = (AttributeError, NameError, AssertionError, ImportError, LookupError, NotImplementedError)
+
+
 class UploadGoneError(OSError):
     """The store knows no such multipart upload (any more)."""
 
@@ -94,8 +99,8 @@ class S3Requests:
     def __init__(self, options: Mapping[str, Any]) -> None:
         """Raises `MissingExtraError`, and `CheckpointError` for options that can't be used."""
         _check_packages()
-        _check_endpoint(options)
-        self._options = dict(options)
+        self._options = s3_options(options)
+        _check_endpoint(self._options)
         self._lock = threading.Lock()
         self._file_system: Any = None
         self._pid = 0
@@ -210,15 +215,30 @@ class S3Requests:
             raise OSError(errno.ETIMEDOUT, message) from error
         except BaseException as error:
             future.cancel()
-            if isinstance(error, Exception):
+            if isinstance(error, Exception) and not isinstance(error, _MISTAKES):
                 raise explained(error, operation, bucket) from error
             raise
 
     def _connected(self) -> Any:
         with self._lock:
             if self._file_system is None or self._pid != os.getpid():
-                self._file_system, self._pid = _connect(self._options), os.getpid()
+                self._file_system, self._pid = self._connect(), os.getpid()
             return self._file_system
+
+    def _connect(self) -> Any:
+        """A client of s3fs that is set up. Blocks: credentials may have to be fetched.
+
+        Raises `CheckpointError` for options that it can't be set up with, and OSError.
+        """
+        try:
+            file_system = _make_file_system(self._options)
+            self._run(file_system.loop, file_system.set_session(), _LEAST_SECS, "connecting", "")
+        except Exception as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, OSError) or not _is_of_options(cause):
+                raise
+            raise unusable(cause, self._options) from cause
+        return file_system
 
 
 _PAGE_SIZES = {"list_objects_v2": "MaxKeys", "list_multipart_uploads": "MaxUploads", "list_parts": "MaxParts"}
@@ -363,7 +383,16 @@ def _check_endpoint(options: Mapping[str, Any]) -> None:
             raise CheckpointError("credentials don't belong into endpoint_url; pass them as key and secret")
 
 
-def _connect(options: Mapping[str, Any]) -> Any:
+def _is_of_options(error: BaseException) -> bool:
+    """Whether a client that can't be set up fails for what it was given, rather than for what it asks others."""
+    from botocore import exceptions as of_client
+
+    if isinstance(error, (of_client.ProfileNotFound, of_client.ConfigNotFound, of_client.ConfigParseError)):
+        return True
+    return isinstance(error, (TypeError, ValueError, AttributeError, LookupError))
+
+
+def _make_file_system(options: Mapping[str, Any]) -> Any:
     import s3fs
 
     config = {
