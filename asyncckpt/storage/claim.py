@@ -166,7 +166,9 @@ def take_claim(
     path = f"{directory}/{CLAIM_NAME}"
     version, found = _read(storage, path)
     if found is not None and not found.released and _is_alive(storage, directory, beat_secs, lease_secs):
-        raise BlockingIOError(errno.EAGAIN, found.holder)
+        version, found = _read(storage, path)  # by now it may be another's, or nobody's
+        if found is not None and not found.released:
+            raise BlockingIOError(errno.EAGAIN, found.holder)
     record = _Record((found.epoch if found is not None else 0) + 1, secrets.token_hex(8), holder)
     try:
         storage.replace(path, msgspec.json.encode(record), expected=version)
