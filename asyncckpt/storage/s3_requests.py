@@ -93,6 +93,11 @@ class Connection:
     token: str | None = None
 
 
+# What a forked child has inherited, never to be let go there: it would be closed on another loop than its own, of which
+# asyncio complains on stderr.
+_of_parents: list[Any] = []
+
+
 class S3Requests:
     """Requests with one set of `storage_options`, as s3fs takes them. Thread-safe; a forked child connects anew."""
 
@@ -222,6 +227,7 @@ class S3Requests:
     def _connected(self) -> Any:
         with self._lock:
             if self._file_system is None or self._pid != os.getpid():
+                _of_parents.append(self._file_system)  # None in a process that has not connected before
                 self._file_system, self._pid = self._connect(), os.getpid()
             return self._file_system
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import secrets
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -239,3 +241,32 @@ def test_a_conflict_is_not_taken_for_throttling(
     proxy.arm(Fault("refuse", "put_object registry", times=1000))
     with pytest.raises(ConflictError):
         storage.replace(f"{place}/registry.json", b"1", expected="")
+
+
+_FORKING = """
+import asyncio, gc, os, sys
+from asyncckpt.storage.s3 import S3Storage
+
+async def collect():
+    gc.collect()
+
+storage = S3Storage(eval(sys.argv[1]))
+path = sys.argv[2]
+storage.replace(path, b"1")
+if (pid := os.fork()) == 0:
+    assert storage.read(path, 10) == b"1"
+    loop = storage.requests._connected().loop
+    for _ in range(2):  # what is found there is closed there, and what comes of it is told when that is found
+        asyncio.run_coroutine_threadsafe(collect(), loop).result()
+        storage.replace(path, b"2")
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+assert storage.read(path, 10) == b"2"
+"""
+
+
+def test_a_forked_child_connects_anew_in_silence(server: S3Server, proxy: S3Proxy, place: str) -> None:
+    """What it has inherited is left alone: closing that would fail, and say so on stderr."""
+    command = [sys.executable, "-W", "ignore", "-c", _FORKING, repr(server.options), f"{place}/file"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
