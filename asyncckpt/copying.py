@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from asyncckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
-from asyncckpt.image.file import num_reading_threads, open_checkpoint
+from asyncckpt.image.file import num_reading_threads, open_checkpoint, read_anew
 from asyncckpt.image.transfer import transferred
 from asyncckpt.image.verify import read_archive, verify_reader
 from asyncckpt.image.whole_checksum import matches_store
@@ -40,6 +40,10 @@ def copy_file(storage: Storage, source: str, destination: str, advance: Advance)
     Raises `CheckpointNotFoundError`, `CorruptCheckpointError` for a damaged source, `CheckpointError` if there is
     another file at the destination, and OSError. The destination is as before then.
     """
+    return read_anew(source, lambda: _copy(storage, source, destination, advance))
+
+
+def _copy(storage: Storage, source: str, destination: str, advance: Advance) -> CopiedFile:
     with open_checkpoint(storage, source) as reader:
         is_there, version = _look(storage, reader, source, destination)
         if is_there:
@@ -86,27 +90,29 @@ class DirectoryCopy:
             self._directory.close()
 
     def _copy(self, info: CheckpointInfo, advance: Advance) -> CopiedFile:
-        name = str(info.filepath)
         source = os.path.join(self._source, str(file_of(self._found, info)))
-        destination = self._directory.path_of(name)
-        listing = Listing(self._directory, replace(info, damaged=False), self._found.registry.run_id)
+        destination = self._directory.path_of(str(info.filepath))
         try:
-            with open_checkpoint(self._storage, source, follow_links=False) as reader:
-                is_there, version = _look(self._storage, reader, source, destination)
-                if is_there:
-                    advance(reader.num_bytes)
-                    if not self._lists(info):
-                        self._directory.record(listing, _nothing)
-                    return CopiedFile(source, destination, THERE, reader.num_bytes)
-                with transferred(self._storage, reader, source, destination, version, advance) as upload:
-                    self._directory.record(listing, upload.commit)
-                return CopiedFile(source, destination, COPIED, reader.num_bytes)
+            return read_anew(source, lambda: self._copy_file(source, destination, info, advance))
         except CheckpointNotFoundError as error:
             recorded, _ = read_registry(self._storage, self._source)
             is_dropped = recorded is not None and all(other.sequence != info.sequence for other in recorded.checkpoints)
             return CopiedFile(source, destination, GONE if is_dropped else FAILED, problem=str(error))
         except (CorruptCheckpointError, _OtherFileError) as error:
             return CopiedFile(source, destination, FAILED, problem=str(error))
+
+    def _copy_file(self, source: str, destination: str, info: CheckpointInfo, advance: Advance) -> CopiedFile:
+        listing = Listing(self._directory, replace(info, damaged=False), self._found.registry.run_id)
+        with open_checkpoint(self._storage, source, follow_links=False) as reader:
+            is_there, version = _look(self._storage, reader, source, destination)
+            if is_there:
+                advance(reader.num_bytes)
+                if not self._lists(info):
+                    self._directory.record(listing, _nothing)
+                return CopiedFile(source, destination, THERE, reader.num_bytes)
+            with transferred(self._storage, reader, source, destination, version, advance) as upload:
+                self._directory.record(listing, upload.commit)
+            return CopiedFile(source, destination, COPIED, reader.num_bytes)
 
     def _lists(self, info: CheckpointInfo) -> bool:
         return any(

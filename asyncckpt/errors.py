@@ -12,6 +12,7 @@ Each one is a `CheckpointError` and also the builtin that a caller would expect 
     ├── StorageBusyError           also BlockingIOError
     ├── TornSnapshotError          also RuntimeError
     ├── CheckpointWriteError       also OSError (errno is kept)
+    ├── CheckpointReadError        also OSError (errno is kept)
     ├── QueueFullError             also RuntimeError
     ├── SaverClosedError           also RuntimeError
     ├── MissingExtraError          also ImportError
@@ -77,6 +78,17 @@ class CheckpointWriteError(CheckpointError, OSError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), self.args, {"errno": self.errno, "failures": self.failures}
+
+
+class CheckpointReadError(CheckpointError, OSError):
+    """The file is there, and may be whole, but can't be read as it is now; the message says what to do."""
+
+    def __init__(self, message: str, *, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), self.args, {"errno": self.errno}
 
 
 class QueueFullError(CheckpointError, RuntimeError):

@@ -14,7 +14,7 @@ import torch
 
 from asyncckpt.distributed.ranks import OtherRankError, Ranks
 from asyncckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
-from asyncckpt.image.file import file_path
+from asyncckpt.image.file import file_path, read_anew
 from asyncckpt.image.load import Loaded, load_to_restore
 from asyncckpt.naming import BEST_NAME
 from asyncckpt.records import CheckpointInfo
@@ -25,7 +25,7 @@ from asyncckpt.registry.registry import FileDescription, Registry, read_descript
 from asyncckpt.state.restore import restore_checkpoint, taken_apart
 from asyncckpt.threads import log_quietly
 
-_NUM_LOOKS = 3  # at a directory that another process prunes meanwhile
+_NUM_LOOKS = 10  # at a directory that another process prunes meanwhile
 # The disk's word that this file can't be read; what else fails is no reason to take an older checkpoint.
 _UNREADABLE = frozenset({errno.EIO, errno.ESTALE, errno.ELOOP, errno.ENODATA, errno.EBADMSG})
 
@@ -327,9 +327,13 @@ def _read(
     One that the registry named must be what it says, and is not looked for by a link.
     """
     path = candidate.path
-    with directory.open_to_load(path, follow_links=candidate.info is None) as reader:
-        loaded = load_to_restore(reader, path, weights_only=weights_only)
-        candidate.check(read_description(loaded.metadata, reader.num_bytes))
-        if not isinstance(loaded.state, dict) or "model_state_dict" not in loaded.state:
-            raise CheckpointError(f"{path} is whole, but not a training checkpoint: it has no model_state_dict")
-        return loaded.state, take(loaded)
+
+    def read() -> tuple[dict[str, Any], dict[str, Any]]:
+        with directory.open_to_load(path, follow_links=candidate.info is None) as reader:
+            loaded = load_to_restore(reader, path, weights_only=weights_only)
+            candidate.check(read_description(loaded.metadata, reader.num_bytes))
+            if not isinstance(loaded.state, dict) or "model_state_dict" not in loaded.state:
+                raise CheckpointError(f"{path} is whole, but not a training checkpoint: it has no model_state_dict")
+            return loaded.state, take(loaded)
+
+    return read_anew(path, read)

@@ -29,6 +29,10 @@ class Copied:
 
 def gather(storage: Storage, source: str, destination: str) -> Copied:
     """Copy; blocks, with a progress bar on a terminal. Durable on return. Raises as `copy_file`, `DirectoryCopy` do."""
+    if not storage.is_shared(full_path(destination)):
+        raise CheckpointError(
+            f"{destination} is in this process's memory, and gone when it ends: copy to another place"
+        )
     if is_directory(storage, source):
         files = _copy_directory(storage, full_path(source), full_path(destination))
     else:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from asyncckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
-from asyncckpt.image.file import file_path, open_checkpoint, to_be_mapped
+from asyncckpt.image.file import file_path, open_checkpoint, read_anew, to_be_mapped
 from asyncckpt.image.sparse_file import open_sparse
 from asyncckpt.image.torch_file import looks_at_nothing, map_file
 from asyncckpt.image.verify import read_archive, read_metadata
@@ -51,11 +51,16 @@ def load_mapped(storage: Storage, path: str, *, reads_tensors: bool = True) -> M
     the file can't be read.
     """
     name = file_path(path)
-    try:
+
+    def read() -> MappedCheckpoint:
         with _opened(storage, name, reads_tensors=reads_tensors) as reader, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about kinds of tensors that torch would rather not have
             metadata, num_bytes = read_metadata(reader), reader.num_bytes
             leaves = _all_leaves(map_file(reader, name, "cpu", weights_only=True))
+        return MappedCheckpoint(path, num_bytes, metadata, leaves)
+
+    try:
+        return read_anew(name, read)
     except pickle.UnpicklingError as error:
         raise UnsafeCheckpointError(f"{name} holds more than a safe load takes: {_reason(error)}") from error
     except CheckpointError:
@@ -66,7 +71,6 @@ def load_mapped(storage: Storage, path: str, *, reads_tensors: bool = True) -> M
         raise
     except Exception as error:
         raise CorruptCheckpointError(f"{name} can't be loaded: {error}") from error
-    return MappedCheckpoint(path, num_bytes, metadata, leaves)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from asyncckpt.cli.output import clean, format_bytes, format_count
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
-from asyncckpt.image.file import file_path, num_reading_threads, open_checkpoint
+from asyncckpt.image.file import file_path, num_reading_threads, open_checkpoint, read_anew
 from asyncckpt.image.verify import read_archive, verify_reader
 from asyncckpt.image.whole_checksum import matches_store
 from asyncckpt.naming import BEST_NAME, REGISTRY_NAME, is_checkpoint_name
@@ -61,14 +61,17 @@ class Verifier:
     def verify(self, path: str, advance: Advance, *, follow_links: bool = True) -> VerifiedFile:
         """Raises `CheckpointNotFoundError`, and OSError when it can't be read. Damage is a problem, no error."""
         try:
-            with open_checkpoint(self._storage, path, follow_links=follow_links) as reader:
-                if self._is_quick and (verified := _verify_by_store(reader, path)) is not None:
-                    advance(reader.num_bytes)
-                    return verified
-                counting = CountingReader(reader, advance)
-                report = verify_reader(counting, path, num_threads=num_reading_threads(reader))
+            return read_anew(path, lambda: self._verify(path, advance, follow_links=follow_links))
         except CorruptCheckpointError as error:  # a directory or a device of that name
             return _damaged(path, str(error))
+
+    def _verify(self, path: str, advance: Advance, *, follow_links: bool) -> VerifiedFile:
+        with open_checkpoint(self._storage, path, follow_links=follow_links) as reader:
+            if self._is_quick and (verified := _verify_by_store(reader, path)) is not None:
+                advance(reader.num_bytes)
+                return verified
+            counting = CountingReader(reader, advance)
+            report = verify_reader(counting, path, num_threads=num_reading_threads(reader))
         return VerifiedFile(report.path, report.ok, report.num_bytes, report.num_records, report.problems)
 
     def size_of(self, path: str, *, follow_links: bool = True) -> int:

@@ -10,7 +10,7 @@ import torch
 from asyncckpt.distributed.ranks import Ranks
 from asyncckpt.distributed.sharding import check_replicated
 from asyncckpt.errors import CheckpointError
-from asyncckpt.image.file import file_path, open_to_load
+from asyncckpt.image.file import file_path, open_to_load, read_anew
 from asyncckpt.image.load import load_to_restore
 from asyncckpt.service.default import save
 from asyncckpt.state.capture import as_int, unwrap
@@ -63,7 +63,7 @@ def load_distributed_checkpoint(
     `asyncckpt.load` raised there. Raises `CheckpointError`, also on all, if it does not fit.
     """
     ranks = Ranks()
-    checkpoint = ranks.on_all(lambda: _read(filepath))
+    checkpoint = ranks.on_all(lambda: read_anew(os.fspath(filepath), lambda: _read(filepath)))
     ranks.on_all(
         lambda: restore_checkpoint(checkpoint, model, optimizer, device=device, restore_rng=False, gives_memory=True)
     )

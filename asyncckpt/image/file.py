@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+from asyncckpt.errors import CheckpointError, CheckpointNotFoundError, CheckpointReadError, CorruptCheckpointError
 from asyncckpt.image.fetch import NUM_FETCHING_THREADS, fetch
 from asyncckpt.image.verify import default_num_threads, verify_reader
 from asyncckpt.progress import CountingReader, progress_bar
@@ -16,14 +16,18 @@ from asyncckpt.storage.base import Reader, Storage
 from asyncckpt.storage.local import LocalReader
 from asyncckpt.storage.places import Places, full_path
 
+T = TypeVar("T")
+
 BAR_AFTER_SECS = 1.5  # of a fetch, on a terminal
+_NUM_READS = 5  # of a file that its writer replaces meanwhile
 
 
 def verify(path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> VerifyReport:
     """Read every byte of a checkpoint and check it. Blocks; thread-safe; loads nothing, runs nothing.
 
-    A damaged file is a report with problems, not an exception. Raises `CheckpointNotFoundError`, and OSError when
-    reading fails.
+    A damaged file is a report with problems, not an exception. One that is replaced meanwhile is read anew. Raises
+    `CheckpointNotFoundError`, `CheckpointError` for `storage_options` that can't be used, and OSError when reading
+    fails.
     """
     return _verify(Places(storage_options), file_path(path), follow_links=True)
 
@@ -37,8 +41,11 @@ def verify_listed(storage: Storage, path: str) -> VerifyReport:
 
 
 def _verify(storage: Storage, path: str, *, follow_links: bool) -> VerifyReport:
-    with open_checkpoint(storage, path, follow_links=follow_links) as reader:
-        return verify_reader(reader, path, num_threads=num_reading_threads(reader))
+    def verify() -> VerifyReport:
+        with open_checkpoint(storage, path, follow_links=follow_links) as reader:
+            return verify_reader(reader, path, num_threads=num_reading_threads(reader))
+
+    return read_anew(path, verify)
 
 
 def num_reading_threads(reader: Reader) -> int:
@@ -69,6 +76,26 @@ def open_checkpoint(storage: Storage, path: str, *, follow_links: bool = True) -
         if error.errno == errno.ELOOP:
             raise CorruptCheckpointError(f"{path} is a symbolic link, which may lead anywhere: not followed") from error
         raise
+
+
+def read_anew(path: str, read: Callable[[], T]) -> T:
+    """What `read` makes of the file at `path`, which it opens itself: from the start again if that was replaced, or
+    deleted, while it was read (ESTALE). So what is read is of one version.
+
+    Raises `CheckpointReadError` for one that is replaced whenever it is read.
+    """
+    for _ in range(_NUM_READS):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno != errno.ESTALE or isinstance(error, CheckpointError):
+                raise
+            stale = error
+    raise CheckpointReadError(
+        f"{path} could not be read: {stale.strerror or stale}, each of {_NUM_READS} times; load another checkpoint, or "
+        "try again when nobody writes there",
+        errno=errno.ESTALE,
+    ) from stale
 
 
 def open_to_load(storage: Storage, path: str, *, follow_links: bool = True) -> LocalReader:

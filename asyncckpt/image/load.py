@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from asyncckpt.errors import CorruptCheckpointError
-from asyncckpt.image.file import file_path, open_checkpoint, to_be_mapped
+from asyncckpt.image.file import file_path, open_checkpoint, read_anew, to_be_mapped
 from asyncckpt.image.mapped_file import MappedFile
 from asyncckpt.image.partial import load_part
 from asyncckpt.image.payloads import Payloads
@@ -48,12 +48,13 @@ def load(
     """Load a checkpoint after checking every byte of it. Blocks; thread-safe.
 
     Takes files of asyncckpt and of torch.save, by a path or a URL (`s3://bucket/run/step100.pt`, opened with fsspec's
-    `storage_options`), whose file is fetched into memory first. On the CPU plain tensors are mapped from the file,
-    privately: writing to them never changes it, and replacing or deleting the file does not disturb them. What changes
-    the file in place while it is loaded is found; later it would change tensors that were not looked at yet, and
-    truncating it would end the process. `mmap=False` reads tensors into memory instead, each against its checksum: then
-    nothing that happens to the file matters any more. So are all of another `map_location` (torch.load's; the default
-    puts everything on the CPU), and files with tensors that torch looks at to load them (sparse, quantized).
+    `storage_options`), whose file is fetched into memory first (anew, if it is replaced meanwhile). On the CPU plain
+    tensors are mapped from the file, privately: writing to them never changes it, and replacing or deleting the file
+    does not disturb them. What changes the file in place while it is loaded is found; later it would change tensors
+    that were not looked at yet, and truncating it would end the process. `mmap=False` reads tensors into memory
+    instead, each against its checksum: then nothing that happens to the file matters any more. So are all of another
+    `map_location` (torch.load's; the default puts everything on the CPU), and files with tensors that torch looks at to
+    load them (sparse, quantized).
 
     With `keys` only a part of nested dictionaries is loaded: `keys=["model_state_dict"]` gives the weights alone, and
     `["model_state_dict.encoder", "epoch"]` less (as `asyncckpt inspect` prints them). Of a file that asyncckpt wrote no
@@ -64,18 +65,22 @@ def load(
     only for files whose author you trust.
 
     Raises `CheckpointNotFoundError`, `CorruptCheckpointError` (naming the record), `UnsafeCheckpointError` (naming what
-    the file wanted to call), `CheckpointError` for a key that nothing is at, and OSError when reading fails.
+    the file wanted to call), `CheckpointError` for a key that nothing is at, and for `storage_options` that
+    can't be used, and OSError when reading fails.
     """
-    name = file_path(path)
-    reader = open_checkpoint(Places(storage_options), name)
-    with reader:
-        if keys is not None and weights_only and map_location in ("cpu", torch.device("cpu")):
-            part = load_part(reader, name, _checked(keys))
-            if part is not None:
-                return part
-        with to_be_mapped(reader) as file:
-            state = load_from(file, name, map_location, weights_only=weights_only, mmap=mmap).state
-    return state if keys is None else select(state, _checked(keys), name)
+    name, storage = file_path(path), Places(storage_options)
+
+    def read() -> Any:
+        with open_checkpoint(storage, name) as reader:
+            if keys is not None and weights_only and map_location in ("cpu", torch.device("cpu")):
+                part = load_part(reader, name, _checked(keys))
+                if part is not None:
+                    return part
+            with to_be_mapped(reader) as file:
+                state = load_from(file, name, map_location, weights_only=weights_only, mmap=mmap).state
+        return state if keys is None else select(state, _checked(keys), name)
+
+    return read_anew(name, read)
 
 
 def _checked(keys: Sequence[str]) -> Sequence[str]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from asyncckpt.errors import CorruptCheckpointError, RegistryError
+from asyncckpt.image.file import read_anew
 from asyncckpt.image.verify import read_metadata
 from asyncckpt.naming import BEST_NAME, REGISTRY_NAME, is_checkpoint_name
 from asyncckpt.records import CheckpointInfo
@@ -132,9 +133,13 @@ def describe_file(storage: Storage, path: str) -> FileDescription | None:
 
     Raises `CorruptCheckpointError` for a damaged file, and OSError for one that can't be read.
     """
-    try:
+
+    def describe() -> FileDescription | None:
         with storage.open(path, follow_links=False) as reader:
             return read_description(read_metadata(reader), reader.num_bytes)
+
+    try:
+        return read_anew(path, describe)  # a writer prunes, and replaces, as it likes
     except CorruptCheckpointError as error:
         raise CorruptCheckpointError(f"{path} is damaged: {error}") from error
     except OSError as error:

@@ -1,11 +1,12 @@
 """Whose turn it is to write a directory: taking its lock, and waiting for who has it. No torch.
 
-The lock's file says who holds it. A writer process that only finishes the checkpoints of a trainer that has ended says
+A lock says who holds it. A writer process that only finishes the checkpoints of a trainer that has ended says
 so (`FINISHING`), and is worth a longer wait.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -14,7 +15,6 @@ import time
 from datetime import datetime, timezone
 
 from asyncckpt.errors import StorageBusyError
-from asyncckpt.naming import LOCK_NAME
 from asyncckpt.storage import system_calls
 from asyncckpt.storage.base import FINISHING, Lock, Storage
 from asyncckpt.threads import log_quietly
@@ -22,7 +22,6 @@ from asyncckpt.threads import log_quietly
 MAX_FINISHING_SECS = 600.0
 _PAUSE_SECS = 0.05
 _SILENT_WAIT_SECS = 1.0
-_MAX_HOLDER_BYTES = 500
 
 
 def take_lock(storage: Storage, directory: str, timeout_secs: float) -> Lock:
@@ -54,17 +53,25 @@ def await_finishing(storage: Storage, directory: str, timeout_secs: float) -> No
     """Wait for a writer that finishes the checkpoints of a trainer that has died, so that they are seen.
 
     Returns at once if there is none; blocks for ten minutes at most. Where the lock is still in the name of a process
-    that has ended, its writer is given `timeout_secs` to say that it goes on.
+    that has ended, its writer is given `timeout_secs` to say that it goes on; where there are claims, it is waited for
+    a sign of its life.
     """
+    with contextlib.suppress(OSError):  # whoever reads next says what is wrong
+        _await_finishing(storage, directory, timeout_secs)
+
+
+def _await_finishing(storage: Storage, directory: str, timeout_secs: float) -> None:
     started = time.monotonic()
     is_announced = False
-    while holder := _holder_that_finishes(storage, directory):
-        patience = MAX_FINISHING_SECS if holder.startswith(FINISHING) else timeout_secs
-        if time.monotonic() - started >= patience:
-            return
-        if not is_announced:
+    takes_time = not storage.is_near(directory)  # to see whether the holder lives
+    while holder := _holder_that_is_left(storage, directory):
+        if not is_announced and (takes_time or storage.is_locked(directory)):
             _announce(directory, holder)
             is_announced = True
+        if not storage.is_locked(directory):
+            return
+        if time.monotonic() - started >= (MAX_FINISHING_SECS if holder.startswith(FINISHING) else timeout_secs):
+            return
         time.sleep(_PAUSE_SECS)
 
 
@@ -73,13 +80,10 @@ def name_of_finisher() -> str:
     return f"{FINISHING}writer {_name(os.getpid())}"
 
 
-def _holder_that_finishes(storage: Storage, directory: str) -> str:
-    try:
-        holder = storage.read(os.path.join(directory, LOCK_NAME), _MAX_HOLDER_BYTES).decode("utf-8", "replace")
-    except OSError:
-        return ""
-    is_left = holder.startswith(FINISHING) or _has_ended(holder)
-    return holder if is_left and storage.is_locked(directory) else ""
+def _holder_that_is_left(storage: Storage, directory: str) -> str:
+    """What the lock's holder says of itself, if it has outlived its trainer, or may have; else ""."""
+    holder = storage.holder(directory)
+    return holder if holder.startswith(FINISHING) or _has_ended(holder) else ""
 
 
 def _announce(directory: str, holder: str) -> None:

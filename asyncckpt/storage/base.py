@@ -260,7 +260,17 @@ class Storage(ABC):
 
     @abstractmethod
     def is_locked(self, directory: str) -> bool:
-        """Whether somebody holds the directory's lock. Changes nothing, but may be in the way of who takes it now."""
+        """Whether somebody who lives holds the directory's lock. Blocks where only time can tell whether he does.
+
+        Changes nothing, but may be in the way of who takes it now.
+        """
+
+    @abstractmethod
+    def holder(self, directory: str) -> str:
+        """What the holder of the directory's lock said of itself; "" if nobody did, or it has been released.
+
+        It may have ended since (see `is_locked`). Blocks for a small read. Raises OSError.
+        """
 
     def is_near(self, directory: str) -> bool:
         """Whether a question takes so little time that training may wait for the answer."""

@@ -191,7 +191,9 @@ def take_claim(
     path = f"{directory}/{CLAIM_NAME}"
     version, found = _read(storage, path)
     if found is not None and not found.released and _is_alive(storage, directory, beat_secs, lease_secs):
-        raise BlockingIOError(errno.EAGAIN, found.holder)
+        version, found = _read(storage, path)  # by now it may be another's, or nobody's
+        if found is not None and not found.released:
+            raise BlockingIOError(errno.EAGAIN, found.holder)
     record = _Record((found.epoch if found is not None else 0) + 1, secrets.token_hex(8), holder)
     try:
         storage.replace(path, msgspec.json.encode(record), expected=version)
@@ -238,10 +240,31 @@ def _say_that_it_is_advisory(storage: Storage, directory: str) -> None:
         )
 
 
-def is_claimed(storage: Storage, directory: str) -> bool:
-    """Whether somebody has a claim, dead or alive. Blocks for one small read."""
+def holder_of(storage: Storage, directory: str) -> str:
+    """Who has a claim, dead or alive; "" if nobody has. Blocks for one small read."""
     _, found = _read(storage, f"{directory}/{CLAIM_NAME}")
-    return found is not None and not found.released
+    return found.holder if found is not None and not found.released else ""
+
+
+def is_claimed(
+    storage: Storage, directory: str, *, beat_secs: float = BEAT_SECS, lease_secs: float = LEASE_SECS
+) -> bool:
+    """Whether somebody has a claim, and lives. Blocks until he shows it, or lets go; a lease, if he does neither."""
+    before, deadline = _last_beat(storage, directory), time.monotonic() + lease_secs
+    while holder_of(storage, directory):
+        if _last_beat(storage, directory) != before:
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(beat_secs / _NUM_LOOKS)
+    return False
+
+
+def _last_beat(storage: Storage, directory: str) -> bytes:
+    try:
+        return storage.read(f"{directory}/{ALIVE_NAME}", _MAX_CLAIM_BYTES)
+    except FileNotFoundError:
+        return b""
 
 
 def _is_alive(storage: Storage, directory: str, beat_secs: float, lease_secs: float) -> bool:
@@ -293,7 +316,10 @@ class ClaimedStorage(Storage):
         return Claim.received(self, directory, share, **self._claim_secs)
 
     def is_locked(self, directory: str) -> bool:
-        return is_claimed(self, directory)
+        return is_claimed(self, directory, **self._claim_secs)
+
+    def holder(self, directory: str) -> str:
+        return holder_of(self, directory)
 
     def is_near(self, directory: str) -> bool:
         return False

@@ -18,6 +18,7 @@ from asyncckpt.storage.base import Lock
 from asyncckpt.storage.files import Descriptor, is_at, lock_if_supported, write_all
 
 _MAX_HOLDER_BYTES = 500
+_UNKNOWN = "an unknown process"
 _MAX_RELEASE_SECS = 1.0
 
 
@@ -33,7 +34,7 @@ class LocalLock(Lock):
             if not stat.S_ISREG(system_calls.fstat(self._file.fd).st_mode):
                 raise OSError(errno.ENXIO, "not a regular file", self._path)
             if not lock_if_supported(self._file.fd):
-                raise BlockingIOError(errno.EWOULDBLOCK, _read_holder(self._file.fd), self._path)
+                raise BlockingIOError(errno.EWOULDBLOCK, _read_holder(self._file.fd) or _UNKNOWN, self._path)
             if not is_at(self._file.fd, self._path):
                 raise BlockingIOError(errno.EWOULDBLOCK, "somebody who replaced the lock's file", self._path)
             self.describe(holder)
@@ -114,12 +115,21 @@ def is_locked(directory: str) -> bool:
         return False
 
 
+def holder_of(directory: str) -> str:
+    """What the lock's file says of its holder; "" if there is no such file, or nothing in it. Raises OSError."""
+    try:
+        with Descriptor(os.path.join(directory, LOCK_NAME), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as file:
+            return _read_holder(file.fd)
+    except FileNotFoundError:
+        return ""
+
+
 def _read_holder(fd: int) -> str:
-    """One line for people; anybody may have written it."""
+    """One line for people; anybody may have written it. "" if nobody has."""
     buffer = bytearray(_MAX_HOLDER_BYTES)
     try:
         count = system_calls.pread_into(fd, memoryview(buffer), 0)
     except OSError:
         count = 0
     text = buffer[:count].decode("utf-8", "replace")
-    return "".join(character if character.isprintable() else " " for character in text).strip() or "an unknown process"
+    return "".join(character if character.isprintable() else " " for character in text).strip()

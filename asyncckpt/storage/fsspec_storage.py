@@ -17,6 +17,7 @@ from asyncckpt.storage.base import Reader, committing
 from asyncckpt.storage.claim import ClaimedStorage
 from asyncckpt.storage.fsspec_errors import explained
 from asyncckpt.storage.fsspec_files import RangeReader, Temporary
+from asyncckpt.storage.options import own_options
 
 
 class FsspecStorage(ClaimedStorage):
@@ -29,7 +30,7 @@ class FsspecStorage(ClaimedStorage):
         self, options: Mapping[str, Any] | None = None, *, is_elsewhere_too: bool = True, **claim_secs: float
     ) -> None:
         super().__init__(**claim_secs)
-        self._options = dict(options or {})
+        self._options = own_options(options or {})
         self._is_elsewhere_too = is_elsewhere_too
         self._connecting = threading.Lock()
         self._file_systems: dict[tuple[int, str], Any] = {}

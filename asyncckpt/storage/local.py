@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from asyncckpt.storage import system_calls, temporary
 from asyncckpt.storage.base import Reader, Storage, Upload, committing
 from asyncckpt.storage.directories import make_directories, open_directory, sync_entries
-from asyncckpt.storage.directory_lock import LocalLock, is_locked
+from asyncckpt.storage.directory_lock import LocalLock, holder_of, is_locked
 from asyncckpt.storage.files import Descriptor, remove_quietly, write_all
 from asyncckpt.storage.links import share
 
@@ -79,6 +79,9 @@ class LocalStorage(Storage):
 
     def is_locked(self, directory: str) -> bool:
         return is_locked(directory)
+
+    def holder(self, directory: str) -> str:
+        return holder_of(directory)
 
     def device(self, directory: str) -> int:
         path = os.path.abspath(directory)

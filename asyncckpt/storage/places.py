@@ -13,6 +13,7 @@ from asyncckpt.errors import CheckpointError
 from asyncckpt.paths import scheme_of
 from asyncckpt.storage.base import Lock, Reader, Storage, Upload
 from asyncckpt.storage.local import LocalStorage
+from asyncckpt.storage.options import s3_options
 from asyncckpt.storage.schemes import make_storage, scheme_named
 
 
@@ -66,6 +67,8 @@ class Places(Storage):
     def __init__(
         self, options: Mapping[str, Any] | None = None, journals: str | None = None, *, never_forks: bool = False
     ) -> None:
+        if not isinstance(options, Mapping | None):
+            raise TypeError(f"storage_options is a dict, not {type(options).__name__}")
         self.options = dict(options or {})
         self.journals = journals
         self.never_forks = never_forks
@@ -118,6 +121,9 @@ class Places(Storage):
     def is_locked(self, directory: str) -> bool:
         return self.storage_of(directory).is_locked(directory)
 
+    def holder(self, directory: str) -> str:
+        return self.storage_of(directory).holder(directory)
+
     def is_near(self, directory: str) -> bool:
         return self.storage_of(directory).is_near(directory)
 
@@ -143,7 +149,7 @@ class Places(Storage):
 
 
 def _make_s3(places: Places) -> Storage:
-    options = dict(places.options)
+    options = s3_options(places.options)
     client = options.pop("client", "s3fs")
     if client == "s3fs":
         from asyncckpt.storage.s3 import S3Storage

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from asyncckpt.errors import CheckpointError, MissingExtraError
 from asyncckpt.storage.base import ConflictError
+from asyncckpt.storage.options import s3_options, unusable
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -47,9 +48,20 @@ _PASSING = frozenset(
     {
         *("BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "IncompleteBody", "RequestTimeout"),
         *("MalformedXML", "InvalidPart", "InvalidPartOrder"),  # what we send is well-formed, and the parts are there
-        *("SlowDown", "Throttling", "ConditionalRequestConflict", "OperationAborted"),
+        *("ConditionalRequestConflict", "OperationAborted"),
     }
 )
+# The store has too much to do: so say AWS's services (as botocore knows them), and other stores in words of their own.
+_THROTTLING = frozenset(
+    {
+        *("SlowDown", "Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled"),
+        *("RequestThrottledException", "TooManyRequests", "TooManyRequestsException", "TooMuchConcurrency"),
+        *("RequestLimitExceeded", "BandwidthLimitExceeded", "LimitExceededException", "RateLimitExceeded"),
+        *("PriorRequestNotComplete", "ProvisionedThroughputExceededException"),
+        *("SlowDownRead", "SlowDownWrite", "ServiceUnavailable", "ServerBusy", "Busy"),
+    }
+)
+_PASSING_STATUSES = frozenset({408, 425, 429})  # and all of 500 and above
 _CREDENTIALS = "check key and secret in storage_options, or what the environment has of credentials"
 _REFUSALS = {
     "InvalidAccessKeyId": f"the store knows no such access key; {_CREDENTIALS}",
@@ -60,6 +72,10 @@ _REFUSALS = {
     "RequestTimeTooSkewed": "this machine's clock is wrong; set it right",
 }
 _WRONG_REGION = frozenset({"301", "PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"})
+
+
+# Ours, or of a client's code: neither the store nor the network is to blame, and no other try can help.
+_MISTAKES = (AttributeError, NameError, AssertionError, ImportError, LookupError, NotImplementedError)
 
 
 class UploadGoneError(OSError):
@@ -77,14 +93,19 @@ class Connection:
     token: str | None = None
 
 
+# What a forked child has inherited, never to be let go there: it would be closed on another loop than its own, of which
+# asyncio complains on stderr.
+_of_parents: list[Any] = []
+
+
 class S3Requests:
     """Requests with one set of `storage_options`, as s3fs takes them. Thread-safe; a forked child connects anew."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         """Raises `MissingExtraError`, and `CheckpointError` for options that can't be used."""
         _check_packages()
-        _check_endpoint(options)
-        self._options = dict(options)
+        self._options = s3_options(options)
+        _check_endpoint(self._options)
         self._lock = threading.Lock()
         self._file_system: Any = None
         self._pid = 0
@@ -199,15 +220,31 @@ class S3Requests:
             raise OSError(errno.ETIMEDOUT, message) from error
         except BaseException as error:
             future.cancel()
-            if isinstance(error, Exception):
+            if isinstance(error, Exception) and not isinstance(error, _MISTAKES):
                 raise explained(error, operation, bucket) from error
             raise
 
     def _connected(self) -> Any:
         with self._lock:
             if self._file_system is None or self._pid != os.getpid():
-                self._file_system, self._pid = _connect(self._options), os.getpid()
+                _of_parents.append(self._file_system)  # None in a process that has not connected before
+                self._file_system, self._pid = self._connect(), os.getpid()
             return self._file_system
+
+    def _connect(self) -> Any:
+        """A client of s3fs that is set up. Blocks: credentials may have to be fetched.
+
+        Raises `CheckpointError` for options that it can't be set up with, and OSError.
+        """
+        try:
+            file_system = _make_file_system(self._options)
+            self._run(file_system.loop, file_system.set_session(), _LEAST_SECS, "connecting", "")
+        except Exception as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, OSError) or not _is_of_options(cause):
+                raise
+            raise unusable(cause, self._options) from cause
+        return file_system
 
 
 _PAGE_SIZES = {"list_objects_v2": "MaxKeys", "list_multipart_uploads": "MaxUploads", "list_parts": "MaxParts"}
@@ -286,13 +323,13 @@ def _explained_answer(response: Answer, operation: str, bucket: str) -> OSError:
         return UploadGoneError(errno.ENOENT, "the multipart upload is gone")
     if code in _ABSENT:
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-    if code in _CONFLICT:
+    if code in _CONFLICT or status == 412:
         return ConflictError(errno.EEXIST, "somebody else has written it meanwhile")
     if code in _REFUSALS:
         return PermissionError(errno.EACCES, _REFUSALS[code].format(operation=operation))
     if code in _WRONG_REGION:
         return OSError(errno.EINVAL, f"the bucket is in another region ({message}); set region_name in client_kwargs")
-    if status >= 500 or code in _PASSING:
+    if status >= 500 or status in _PASSING_STATUSES or code in _PASSING | _THROTTLING:
         return OSError(errno.ETIMEDOUT, f"{operation}: {message}")
     if status in (401, 403):
         return PermissionError(errno.EACCES, f"the store refuses {operation}; {_CREDENTIALS}")
@@ -352,7 +389,16 @@ def _check_endpoint(options: Mapping[str, Any]) -> None:
             raise CheckpointError("credentials don't belong into endpoint_url; pass them as key and secret")
 
 
-def _connect(options: Mapping[str, Any]) -> Any:
+def _is_of_options(error: BaseException) -> bool:
+    """Whether a client that can't be set up fails for what it was given, rather than for what it asks others."""
+    from botocore import exceptions as of_client
+
+    if isinstance(error, (of_client.ProfileNotFound, of_client.ConfigNotFound, of_client.ConfigParseError)):
+        return True
+    return isinstance(error, (TypeError, ValueError, AttributeError, LookupError))
+
+
+def _make_file_system(options: Mapping[str, Any]) -> Any:
     import s3fs
 
     config = {

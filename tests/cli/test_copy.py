@@ -292,3 +292,11 @@ def test_a_terminal_sees_how_far_it_is(directory: Path, tmp_path: Path) -> None:
 def no_temporary_is_left(tmp_path: Path) -> Iterator[None]:
     yield
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("source", ["file", "directory"])
+def test_into_memory_that_nobody_sees_again(tmp_path: Path, source: str) -> None:
+    """It would say that it has copied, and take the copy with it."""
+    make_directory(tmp_path / "run")
+    path = tmp_path / "run" if source == "directory" else files(tmp_path / "run")[BEST]
+    assert "memory, and gone when it ends" in error_of("copy", path, "memory://there/run")

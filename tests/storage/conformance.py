@@ -568,6 +568,24 @@ class StorageConformance(ABC):
         self.assert_locked_by(storage, place, "the 2nd")
         second.release()
 
+    def test_everybody_may_ask_who_has_the_lock(self, storage: Storage, place: str) -> None:
+        """And whether he lives; nobody has it before, and after."""
+        assert (storage.holder(place), storage.is_locked(place)) == ("", False)
+        lock = storage.lock(place, "the first")
+        assert (storage.holder(place), storage.is_locked(place)) == ("the first", True)
+        lock.describe("the first, still")
+        assert storage.holder(place) == "the first, still"
+        lock.release()
+        assert (storage.holder(place), storage.is_locked(place)) == ("", False)
+
+    def test_a_dead_holder_is_still_named(self, storage: Storage, place: str) -> None:
+        """But has no lock."""
+        with self.locking_process(place, "the other") as (process, _):
+            assert storage.is_locked(place)
+            process.kill()
+            process.wait()
+            assert (storage.holder(place), storage.is_locked(place)) == ("the other", False)
+
     def test_releasing_twice(self, storage: Storage, place: str) -> None:
         """It is the next one's by then, and stays so."""
         first = storage.lock(place, "the first")

@@ -20,15 +20,15 @@ from urllib.parse import parse_qs, urlsplit
 from asyncckpt.naming import ALIVE_NAME, BEST_NAME, CLAIM_NAME, REGISTRY_NAME, is_temporary_name
 from storage.s3_server import S3Server
 
-# cut: half of the body arrives, then the connection is gone. refuse: 503. lose: it is done, but the answer is lost.
-# stall: nothing arrives, and no answer comes. hang: it is done, and no answer comes. delay: late, but well.
-# corrupt: a bit of the request's body has changed on the way.
+# cut: half of the body arrives, then the connection is gone. refuse: with `S3Proxy.refusal`. lose: it is done, but the
+# answer is lost. stall: nothing arrives, and no answer comes. hang: it is done, and no answer comes. delay: late, but
+# well. corrupt: a bit of the request's body has changed on the way.
 Harm = Literal["cut", "refuse", "lose", "stall", "hang", "delay", "corrupt"]
 HARMS: tuple[Harm, ...] = get_args(Harm)
 ANY = "any"  # kind of request
 
 _DELAY_SECS = 0.3
-_REFUSAL = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+_REFUSAL = (503, "SlowDown")
 _NAMES = {REGISTRY_NAME: "registry", CLAIM_NAME: "claim", ALIVE_NAME: "beat", BEST_NAME: "best"}
 
 
@@ -78,6 +78,7 @@ class S3Proxy:
         self.hit = threading.Event()
         self.num_hits = 0
         self.seen: list[str] = []  # the kinds of all requests since `arm`
+        self.refusal = _REFUSAL  # status and code
         self._http = _Server(("127.0.0.1", 0), _Handler)
         self._http.proxy = self
         self.server = S3Server(f"http://127.0.0.1:{self._http.server_port}")
@@ -143,7 +144,9 @@ class _Handler(BaseHTTPRequestHandler):
         is_copy = "x-amz-copy-source" in self.headers
         harm, released = self.server.proxy.strike(kind_of(self.command, self.path, is_copy))
         if harm == "refuse":
-            self._answer(503, [("Content-Type", "application/xml")], _REFUSAL)
+            status, code = self.server.proxy.refusal
+            message = f"<Error><Code>{code}</Code><Message>Please reduce your request rate.</Message></Error>"
+            self._answer(status, [("Content-Type", "application/xml")], message.encode())
             return
         if harm == "cut":
             self._send_half(body)

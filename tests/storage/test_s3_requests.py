@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import secrets
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -208,3 +210,65 @@ def test_a_copy_in_parts(
     assert server.client().cat_file(f"{place}/link") == (b"old" if fails else contents)
     assert not uploads(server, f"{place}/link")
     assert storage.list_names(place) == ["file", "link"]
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        *((429, "TooManyRequests"), (429, "RateLimitExceeded"), (429, ""), (408, ""), (425, "TooEarly")),
+        *((400, "ThrottlingException"), (400, "RequestTimeout"), (409, "TooMuchConcurrency"), (403, "SlowDown")),
+        *((509, "BandwidthLimitExceeded"), (400, "RequestLimitExceeded")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["put_object checkpoint", "upload_part checkpoint", "get_object checkpoint"])
+def test_a_store_that_is_throttling_is_asked_again(
+    storage: S3Storage, proxy: S3Proxy, place: str, kind: str, refusal: tuple[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever status and code it says it with, with a body or, as to a HEAD, without."""
+    monkeypatch.setattr(proxy, "refusal", refusal)
+    monkeypatch.setattr(s3_requests, "_LEAST_SECS", 15.0)
+    contents = make_content(PART_BYTES + 1 if kind.startswith("upload_part") else 10)
+    proxy.arm(Fault("refuse", kind))
+    put_by_upload(storage, f"{place}/file", contents)
+    assert storage.read(f"{place}/file", len(contents)) == contents
+    assert proxy.num_hits == 1
+
+
+@pytest.mark.parametrize("refusal", [(412, "PreconditionFailed"), (412, "")], ids=str)
+def test_a_conflict_is_not_taken_for_throttling(
+    storage: S3Storage, proxy: S3Proxy, place: str, refusal: tuple[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy, "refusal", refusal)
+    proxy.arm(Fault("refuse", "put_object registry", times=1000))
+    with pytest.raises(ConflictError):
+        storage.replace(f"{place}/registry.json", b"1", expected="")
+
+
+_FORKING = """
+import asyncio, gc, os, sys
+from asyncckpt.storage.s3 import S3Storage
+
+async def collect():
+    gc.collect()
+
+storage = S3Storage(eval(sys.argv[1]))
+path = sys.argv[2]
+storage.replace(path, b"1")
+if (pid := os.fork()) == 0:
+    assert storage.read(path, 10) == b"1"
+    loop = storage.requests._connected().loop
+    for _ in range(2):  # what is found there is closed there, and what comes of it is told when that is found
+        asyncio.run_coroutine_threadsafe(collect(), loop).result()
+        storage.replace(path, b"2")
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+assert storage.read(path, 10) == b"2"
+"""
+
+
+def test_a_forked_child_connects_anew_in_silence(server: S3Server, proxy: S3Proxy, place: str) -> None:
+    """What it has inherited is left alone: closing that would fail, and say so on stderr."""
+    command = [sys.executable, "-W", "ignore", "-c", _FORKING, repr(server.options), f"{place}/file"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
