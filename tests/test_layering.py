@@ -46,6 +46,7 @@ LAYERS = [
     "registry.replication",
     "image.transfer",
     "registry.directory",
+    "registry.files",
     "registry.recovery registry.turns registry.mirror_note",
     "registry.registry",
     "image.snapshot",
@@ -84,7 +85,7 @@ LAYERS = [
 TORCH_FREE = {
     *("errors", "events", "init", "naming", "records", "threads", "version", "policies", "interval", "overhead"),
     *("registry.registry", "registry.retention", "registry.recovery", "registry.directory"),
-    *("registry.turns", "registry.mirror_note"),
+    *("registry.files", "registry.turns", "registry.mirror_note"),
     *("registry.replication", "service.mirror", "service.mirror_process", "service.replicator"),
     *(f"image.{name}" for name in ("layout", "arena", "checksum", "verify", "file", "payloads", "whole_checksum")),
     *(f"image.{name}" for name in ("checked_file", "sparse_file", "selection", "fetch", "transfer")),
