@@ -133,7 +133,7 @@ def test_uploads_are_measured(tmp_path: Path) -> None:
 
 def test_uploads_are_held_against_their_targets() -> None:
     """Ratios within a round decide; every method is in its server's table."""
-    speeds = {"s3fs": 300.0, "obstore": 960.0, "pipe": 99.0, "put": 99.0, "raw": 1000.0, "dcp": 50.0}
+    speeds = {"s3fs": 300.0, "obstore": 960.0, "pipe": 99.0, "put": 99.0, "boto3": 99.0, "raw": 1000.0, "dcp": 50.0}
     uploads = {
         ("SeaweedFS", condition, key): Uploads(
             Samples([speed * 2**20]), Samples([1.0]), Samples([0.2 if key == "s3fs" else 0.05]), Samples([1.0])
