@@ -54,7 +54,8 @@ class Replica:
 
     def find(self, sequence: int) -> CheckpointInfo | None:
         """What the replica has under this number, as of the last look; None if nothing."""
-        infos = self._target.own_registry.checkpoints
+        known = self._target.known
+        infos = known.checkpoints if known is not None else ()
         return next((self._target.locate(info) for info in infos if info.sequence == sequence), None)
 
     def _check_same(self, infos: Sequence[CheckpointInfo]) -> None:
