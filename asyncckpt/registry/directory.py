@@ -402,7 +402,14 @@ class CheckpointDirectory:
             name = numbered_name(str(info.filepath), number)
             number += 1
         self._reserved.add(name)
-        return Listing(self, replace(info, filepath=Path(name), sequence=next(self._sequences)), registry.run_id)
+        return Listing(self, replace(info, filepath=Path(name), sequence=self._next_sequence()), registry.run_id)
+
+    def _next_sequence(self) -> int:
+        sequence = next(self._sequences)
+        if sequence <= (self.mirrored or 0):  # an old directory came back: the mirror has others under these numbers
+            sequence = (self.mirrored or 0) + 1
+            self._sequences = itertools.count(sequence + 1)
+        return sequence
 
     def withdraw(self, listing: Listing) -> None:
         """The checkpoint was not written after all: whoever puts a file of that name here keeps it."""

@@ -341,6 +341,16 @@ class TestReplica:
             self.catch_up(Replica(other.directory, LocalStorage(), target))
         other.close()
 
+    def test_an_old_directory_that_came_back(self, source: Writer, target: CheckpointDirectory) -> None:
+        """Once it is known how far the mirror is, no number is given twice."""
+        replica = Replica(source.directory, LocalStorage(), target)
+        source.save(1)
+        source.directory.mirrored = 7
+        source.save(2)
+        source.save(3)
+        assert [info.sequence for info in source.directory.own_registry.checkpoints] == [1, 8, 9]
+        assert self.catch_up(replica) == [1, 2, 3]
+
     def test_a_registry_that_could_not_be_written(
         self, source: Writer, target: CheckpointDirectory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
