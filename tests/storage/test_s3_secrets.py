@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from asyncckpt import AsyncCheckpointSaver, CheckpointError, CheckpointManager
 from asyncckpt.naming import ALIVE_NAME, CLAIM_NAME, REGISTRY_NAME
 from asyncckpt.service.process_queue import ProcessQueue
 from storage.s3_server import SECRET, S3Server
-from storage.test_s3_errors import error_of
 
 BUCKET = "secrets"
 TIMEOUT_SECS = 120.0
@@ -35,6 +35,14 @@ def save(manager: CheckpointManager, step: int) -> BaseException | None:
     handle = manager.save(torch.nn.Linear(2, 2), None, epoch=0, global_step=step, val_loss=1.0)
     assert handle is not None
     return handle.exception(TIMEOUT_SECS)
+
+
+def error_of(action: Callable[[], object]) -> BaseException | None:
+    try:
+        action()
+    except (OSError, CheckpointError) as error:
+        return error
+    return None
 
 
 def text_of(error: BaseException | None) -> str:
