@@ -20,7 +20,7 @@ CHECKPOINT_SUFFIX = ".pt"
 WRITER_NAME = "asyncckpt-save"
 INIT_NAME = "asyncckpt-run"
 
-_TEMPORARY_NAME = re.compile(r"\.asyncckpt-(claimed-)?[0-9a-f]{16}-.*\.tmp", re.DOTALL)
+_TEMPORARY_NAME = re.compile(r"\.asyncckpt-(claimed-)?([0-9a-f]{16})-.*\.tmp", re.DOTALL)
 _MAX_NAME_BYTES = 143  # NAME_MAX of eCryptfs, the least we know
 _MAX_METRIC_CHARS = 40
 
@@ -84,6 +84,12 @@ def temporary_name(attempt: str, name: str, *, is_claimed: bool = False) -> str:
 def is_temporary_name(name: str) -> bool:
     """Whether `name` is one that `temporary_name` makes."""
     return _TEMPORARY_NAME.fullmatch(name) is not None
+
+
+def is_temporary_name_of(temporary: str, name: str) -> bool:
+    """Whether `temporary` is what a file is called that is to become `name`."""
+    found = _TEMPORARY_NAME.fullmatch(temporary)
+    return found is not None and temporary == temporary_name(found[2], name, is_claimed=bool(found[1]))
 
 
 def is_claimed_name(name: str) -> bool:

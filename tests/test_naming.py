@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from asyncckpt.naming import is_temporary_name, temporary_name
+from asyncckpt.naming import is_claimed_name, is_temporary_name, is_temporary_name_of, temporary_name
 
 ATTEMPT = "0123456789abcdef"
 
@@ -14,12 +14,18 @@ ATTEMPT = "0123456789abcdef"
 @pytest.mark.parametrize(
     "name", ["a", "step100.pt", "…" * 85, "é" * 127, "a" * 255, "with\nnewline", "-", ".", "x\udcff.pt"]
 )
-def test_temporary_names_are_recognised_and_fit(name: str) -> None:
-    """Whatever the name, even 255 bytes of it, the temporary one is ours and within every file system's limit."""
-    temporary = temporary_name(ATTEMPT, name)
+@pytest.mark.parametrize("is_claimed", [False, True])
+def test_temporary_names_are_recognised_and_fit(name: str, is_claimed: bool) -> None:
+    """Whatever the name, even 255 bytes of it, the temporary one is ours and within every file system's limit, and says
+    what it is to become, and whether its writer had a claim."""
+    temporary = temporary_name(ATTEMPT, name, is_claimed=is_claimed)
     assert is_temporary_name(temporary)
+    assert is_claimed_name(temporary) == is_claimed
     assert len(os.fsencode(temporary)) <= 143
-    assert temporary != temporary_name(ATTEMPT[::-1], name)
+    assert temporary != temporary_name(ATTEMPT[::-1], name, is_claimed=is_claimed)
+    assert is_temporary_name_of(temporary, name)
+    assert not is_temporary_name_of(temporary, f"x{name}")
+    assert not is_temporary_name_of(name, name)
 
 
 @pytest.mark.parametrize(

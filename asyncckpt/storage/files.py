@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import logging
 import os
 import weakref
 from dataclasses import dataclass
 
-from asyncckpt.naming import is_temporary_name
+from asyncckpt.naming import is_temporary_name_of
 from asyncckpt.storage import system_calls
 from asyncckpt.threads import log_quietly
 
@@ -118,8 +119,17 @@ class _Passing:
             name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}").removesuffix(" (deleted)"))
         except OSError:
             return False
-        # A temporary file, whose name has its later name in it, may have been renamed since it was opened.
-        return name == self.name or (self.fd == fd and is_temporary_name(self.name) and name in self.name)
+        if name == self.name:
+            return True
+        # A temporary file may have been renamed since, also since the fork: the child may be late.
+        return is_temporary_name_of(self.name, name) and (self.fd == fd or _is_for_writing(fd))
+
+
+def _is_for_writing(fd: int) -> bool:
+    """As ours is; what the user has open there to read is his."""
+    with contextlib.suppress(OSError):
+        return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+    return False
 
 
 _descriptors: weakref.WeakSet[Descriptor] = weakref.WeakSet()

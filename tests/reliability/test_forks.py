@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from asyncckpt.naming import LOCK_NAME, REGISTRY_NAME
-from asyncckpt.storage import system_calls
+from asyncckpt.storage import files, system_calls
 from asyncckpt.storage.local import LocalStorage
 from reliability.gates import count, report
 from reliability.resources import settled_usage
@@ -110,13 +110,50 @@ def test_forked_while_a_file_is_opened_or_closed(tmp_path: Path, monkeypatch: py
     assert num_forks >= 6
 
 
-def held_in_a_child() -> str:
+def test_a_child_that_is_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forked while a temporary file is opened, it looks for that when the file has its last name: it is closed all the
+    same, but not what the user has open under that name."""
+    path = tmp_path / "a.pt"
+    path.write_bytes(b"0")
+    open_file, is_at = system_calls.open_file, files._Passing.is_at
+    opened, forked, go_on = threading.Event(), threading.Event(), os.pipe()
+
+    def open_slowly(path: str, flags: int) -> int:
+        fd = open_file(path, flags)
+        if path.endswith(".tmp"):
+            opened.set()
+            assert forked.wait(TIMEOUT_SECS)
+        return fd
+
+    def look_late(passing: Any, fd: int) -> bool:
+        os.read(go_on[0], 1)
+        return is_at(passing, fd)
+
+    monkeypatch.setattr(system_calls, "open_file", open_slowly)
+    monkeypatch.setattr(files._Passing, "is_at", look_late)
+    with path.open("rb") as of_user:
+        thread = threading.Thread(target=lambda: LocalStorage().begin(str(path), 1).commit())
+        thread.start()
+        assert opened.wait(TIMEOUT_SECS)
+
+        def commit_meanwhile() -> None:
+            forked.set()
+            thread.join()
+            assert path.read_bytes() != b"0"
+            os.write(go_on[1], bytes(1000))
+
+        assert held_in_a_child(commit_meanwhile) == f"{path} (deleted)"
+        assert os.readlink(f"/proc/self/fd/{of_user.fileno()}") == f"{path} (deleted)"
+
+
+def held_in_a_child(meanwhile: Callable[[], object] = lambda: None) -> str:
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.write(writing, "; ".join(held()).encode())
         os._exit(0)
     os.close(writing)
+    meanwhile()
     with open(reading, encoding="utf-8") as pipe:
         what = pipe.read()
     os.waitpid(pid, 0)
