@@ -15,7 +15,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeVar
 
 import torch
 
@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from asyncckpt.service.saver import SaverOptions
+
+T = TypeVar("T")
 
 _NUM_RECENT_SAVES = 5
 _MAX_LOOK_SECS = 2.0  # what a save spends on looking at a directory that does not answer, once
@@ -817,15 +819,18 @@ def _raise_losses(losses: list[Exception]) -> None:
 
 
 def _ask_mirror(mirror: CheckpointDirectory) -> Registry:
-    """What is in the mirror, by a thread of its own: its silence is not that of the directory. Blocks for a short time.
-
-    Raises OSError and `CheckpointError`.
-    """
-    asking = BoundedStorage()
+    """What is in the mirror. Blocks for a short time; raises OSError and `CheckpointError`."""
     try:
-        return asking.ask(lambda: mirror.read().registry, _MAX_MIRROR_LOOK_SECS)
+        return _ask_apart(lambda: mirror.read().registry, _MAX_MIRROR_LOOK_SECS)
     except NoAnswerError:
         raise CheckpointError(f"it has not answered for {_MAX_MIRROR_LOOK_SECS:g} s") from None
+
+
+def _ask_apart(question: Callable[[], T], max_secs: float) -> T:
+    """On a thread of its own: a mirror's silence is not that of the directory. Raises `NoAnswerError`."""
+    asking = BoundedStorage()
+    try:
+        return asking.ask(question, max_secs)
     finally:
         asking.end(_nothing)
 
@@ -834,9 +839,8 @@ def _mirror_place(mirror: str | os.PathLike[str], directory: str) -> str:
     place = full_path(mirror, "mirror")
     is_same = place == directory
     if not scheme_of(place) and not scheme_of(directory):
-        is_same = os.path.realpath(place) == os.path.realpath(directory)
-        with contextlib.suppress(OSError):  # neither need be there
-            is_same = is_same or os.path.samefile(place, directory)
+        with contextlib.suppress(NoAnswerError, OSError):
+            is_same = _ask_apart(lambda: os.path.realpath(place) == os.path.realpath(directory), _MAX_LOOK_SECS)
     if is_same:
         raise ValueError(f"the mirror must be another place than checkpoint_dir, not {place!r} again")
     return place
