@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import random
 import subprocess
@@ -232,9 +233,13 @@ def test_a_disk_that_fails_for_real(tmp_path: Path) -> None:
         assert restored_step(model, optimizer) == OLDER
 
 
-@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE])
-def test_reading_fails_at_each_call(error: int, tmp_path: Path) -> None:
-    """Once, at each call in turn that reads the newest file's bytes: the older one is restored, whole."""
+@pytest.mark.parametrize(
+    ("error", "lasts", "expected"),
+    [(errno.EIO, False, OLDER), (errno.EIO, True, OLDER), (errno.ESTALE, False, NEWEST), (errno.ESTALE, True, OLDER)],
+)
+def test_reading_fails_at_each_call(error: int, lasts: bool, expected: int, tmp_path: Path) -> None:
+    """Once or from then on, at each call in turn that reads the newest file's bytes: the older one is restored, whole;
+    a file that was only replaced meanwhile (ESTALE) is read anew."""
     shape = (3, 3)
     with CheckpointManager(tmp_path) as manager:
         for step in (OLDER, NEWEST):
@@ -250,7 +255,7 @@ def test_reading_fails_at_each_call(error: int, tmp_path: Path) -> None:
             nonlocal num_reads
             if call.name == "pread_into" and call.path == path:
                 num_reads += 1
-                if num_reads == failing_read:
+                if num_reads == failing_read or (lasts and num_reads > (failing_read or math.inf)):
                     raise OSError(error, os.strerror(error))
 
         model, optimizer = make(shape, 0)
@@ -261,8 +266,10 @@ def test_reading_fails_at_each_call(error: int, tmp_path: Path) -> None:
     step, num_reads = restored_when(None)
     assert step == NEWEST
     assert num_reads > 6 * 3, "what is restored is read once more"
-    assert [restored_when(number)[0] for number in range(1, num_reads + 1)] == [OLDER] * num_reads
-    gates.report("8 corruption", f"{errno.errorcode[error]} at each of {num_reads} reads: load_latest fell back")
+    assert [restored_when(number)[0] for number in range(1, num_reads + 1)] == [expected] * num_reads
+    when = "from each of" if lasts else "at each of"
+    what = "fell back" if expected == OLDER else "read the file anew"
+    gates.report("8 corruption", f"{errno.errorcode[error]} {when} {num_reads} reads: load_latest {what}")
 
 
 def test_a_file_that_is_touched_is_loaded_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
