@@ -24,7 +24,7 @@ from storage.s3_server import S3Server
 
 import asyncckpt
 from asyncckpt import AsyncCheckpointSaver, CheckpointManager, CheckpointWriteError, StorageBusyError
-from asyncckpt.naming import BEST_NAME, is_temporary_name
+from asyncckpt.naming import BEST_NAME, is_claimed_name, is_temporary_name
 from asyncckpt.service import worker
 from asyncckpt.storage import places, s3_requests
 from asyncckpt.storage.s3 import S3Storage
@@ -118,6 +118,14 @@ class Place:
             if name.endswith(".pt"):
                 report = asyncckpt.verify(f"{self.url}/{name}", storage_options=self.store.server.options)
                 assert report.ok, f"{where}: {name}: {report.problems}"
+
+    def sweep_what_savers_left(self, where: str) -> None:
+        """A saver of single files has no claim, so nobody may know that it is dead; but a note tells of all it left."""
+        storage = S3Storage(self.store.server.options)
+        for name in self.store.names(self.url):
+            if is_temporary_name(name):
+                assert not is_claimed_name(name), f"{where}: {name} should have been swept"
+                assert storage.sweep_file(f"{self.url}/{name}"), where
 
     def check_clean(self, where: str) -> None:
         """Nothing of ours is left that is no checkpoint, and all of theirs."""
@@ -227,6 +235,7 @@ def check_by_saver(place: Place, outcome: dict[int, BaseException | None], where
             assert newest <= found[0] <= max(numbers), f"{where}: {name} holds {found}, not {newest}"
     with manager_of(place.url, place.store.server) as manager:
         assert Training().save(manager, 1, None) is None, where
+    place.sweep_what_savers_left(where)
     place.check_clean(where)
 
 
