@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import sys
 import threading
@@ -45,10 +46,15 @@ class RemoteMethod(ABC):
         pass
 
 
+def _contents(num_bytes: int) -> bytes:
+    """As little compressible as weights are: some servers compress what they can."""
+    return random.Random(num_bytes).randbytes(num_bytes)
+
+
 def _file_in_page_cache(file: Path, key: str, num_bytes: int) -> Path:
     """One of the method's own, beside `file`."""
     own = file.with_name(f"{file.name}-{key}")
-    own.write_bytes(bytes(num_bytes))
+    own.write_bytes(_contents(num_bytes))
     return own
 
 
@@ -98,7 +104,7 @@ class S3fsPipe(S3fsMethod):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._contents = bytes(self.num_bytes)
+        self._contents = _contents(self.num_bytes)
 
     def send(self, url: str) -> None:
         self.file_system.pipe_file(url, self._contents)
@@ -154,7 +160,7 @@ class RawObstore(RemoteMethod):
 
     def __init__(self, options: dict[str, Any], num_bytes: int, file: Path) -> None:
         super().__init__(options, num_bytes, file)
-        self._contents = memoryview(bytearray(num_bytes))
+        self._contents = memoryview(_contents(num_bytes))
 
     def send(self, url: str) -> None:
         import obstore
