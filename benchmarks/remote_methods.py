@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-import random
+import os
 import statistics
 import sys
 import threading
@@ -48,7 +48,7 @@ class RemoteMethod(ABC):
 
 def _contents(num_bytes: int) -> bytes:
     """As little compressible as weights are: some servers compress what they can."""
-    return random.Random(num_bytes).randbytes(num_bytes)
+    return os.urandom(num_bytes)
 
 
 def _file_in_page_cache(file: Path, key: str, num_bytes: int) -> Path:
