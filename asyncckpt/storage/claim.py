@@ -190,7 +190,11 @@ def take_claim(
     """
     path = f"{directory}/{CLAIM_NAME}"
     version, found = _read(storage, path)
-    if found is not None and not found.released and _is_alive(storage, directory, beat_secs, lease_secs):
+    if (
+        found is not None
+        and not found.released
+        and is_claimed(storage, directory, beat_secs=beat_secs, lease_secs=lease_secs)
+    ):
         version, found = _read(storage, path)  # by now it may be another's, or nobody's
         if found is not None and not found.released:
             raise BlockingIOError(errno.EAGAIN, found.holder)
@@ -250,29 +254,13 @@ def is_claimed(
     storage: Storage, directory: str, *, beat_secs: float = BEAT_SECS, lease_secs: float = LEASE_SECS
 ) -> bool:
     """Whether somebody has a claim, and lives. Blocks until he shows it, or lets go; a lease, if he does neither."""
-    before, deadline = _last_beat(storage, directory), time.monotonic() + lease_secs
+    before, deadline = _sign_of_life(storage, directory), time.monotonic() + lease_secs
     while holder_of(storage, directory):
-        if _last_beat(storage, directory) != before:
+        if _sign_of_life(storage, directory) != before:
             return True
         if time.monotonic() >= deadline:
             return False
         time.sleep(beat_secs / _NUM_LOOKS)
-    return False
-
-
-def _last_beat(storage: Storage, directory: str) -> bytes:
-    try:
-        return storage.read(f"{directory}/{ALIVE_NAME}", _MAX_CLAIM_BYTES)
-    except FileNotFoundError:
-        return b""
-
-
-def _is_alive(storage: Storage, directory: str, beat_secs: float, lease_secs: float) -> bool:
-    before, deadline = _sign_of_life(storage, directory), time.monotonic() + lease_secs
-    while time.monotonic() < deadline:
-        time.sleep(beat_secs / _NUM_LOOKS)
-        if _sign_of_life(storage, directory) != before:
-            return True
     return False
 
 

@@ -34,11 +34,11 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]
     """Sets what is done by others until a holder has shown that he lives."""
 
     def arrange(action: Callable[[], object]) -> None:
-        def is_alive(*_: object) -> bool:
+        def is_claimed(*_: object, **__: object) -> bool:
             action()
             return True
 
-        monkeypatch.setattr(claim, "_is_alive", is_alive)
+        monkeypatch.setattr(claim, "is_claimed", is_claimed)
 
     return arrange
 
