@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import statistics
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -27,27 +25,26 @@ from asyncckpt.errors import (
     MetricNotFoundError,
     RegistryError,
     StorageBusyError,
-    WaitTimeoutError,
 )
 from asyncckpt.image.file import verify_listed
-from asyncckpt.naming import BEST_NAME, JOURNALS_NAME, checkpoint_name
-from asyncckpt.overhead import OverheadMeter
-from asyncckpt.paths import as_path, scheme_of
-from asyncckpt.policies import Progress, SavePolicy
-from asyncckpt.records import CheckpointInfo, Timings, VerifyReport, is_better
+from asyncckpt.mirror_tier import MirrorOptions, MirrorTier, check_backlog, mirror_place
+from asyncckpt.naming import BEST_NAME, checkpoint_name
+from asyncckpt.pace import Pace
+from asyncckpt.paths import as_path
+from asyncckpt.policies import SavePolicy
+from asyncckpt.records import CheckpointInfo, VerifyReport, is_better
+from asyncckpt.registry.backlog import Mirrored
 from asyncckpt.registry.directory import CheckpointDirectory, Listing
 from asyncckpt.registry.registry import Registry
-from asyncckpt.registry.retention import KeepLast, RetentionPolicy, to_plain
+from asyncckpt.registry.retention import KeepLast, RetentionPolicy
 from asyncckpt.resume import Resume, Target, check_names
 from asyncckpt.service.handle import SaveHandle
-from asyncckpt.service.messages import SetupMirror
-from asyncckpt.service.mirror import Mirror
 from asyncckpt.service.saver import AsyncCheckpointSaver
 from asyncckpt.state.capture import as_float, as_int, create_checkpoint, unwrap
 from asyncckpt.state.rng import capture_rng_states
 from asyncckpt.state.stateful import capture_stateful
 from asyncckpt.storage.bounded import BoundedStorage, NoAnswerError
-from asyncckpt.storage.places import full_path
+from asyncckpt.storage.places import Places, full_path
 from asyncckpt.threads import log_quietly
 
 if TYPE_CHECKING:
@@ -91,6 +88,7 @@ class CheckpointManager:
         mirror_retention: what the mirror keeps; None is the policy of the first directory.
         mirror_backlog_bytes: how much the first directory keeps besides, while the mirror does not have it yet; beyond
             that the oldest are dropped unmirrored, with an error in the log.
+        mirror_storage_options: how to open the mirror; None: by `storage_options`, as the first directory.
         save_rng: save the state of all random number generators, and restore it with the rest.
         weights_only: refuse to save what a safe load would refuse, and load safely. False saves any picklable state,
             and loads may then run code that is in the file.
@@ -112,6 +110,7 @@ class CheckpointManager:
         mirror: str | os.PathLike[str] | None = None,
         mirror_retention: RetentionPolicy | None = None,
         mirror_backlog_bytes: int = 64 << 30,
+        mirror_storage_options: Mapping[str, Any] | None = None,
         save_rng: bool = True,
         weights_only: bool = True,
         lock_timeout_secs: float = 10.0,
@@ -131,8 +130,8 @@ class CheckpointManager:
         self._save_policy = save_policy
         _check_policy("retention", retention)
         _check_policy("mirror_retention", mirror_retention)
-        _check_backlog(mirror_backlog_bytes)
-        mirror_place = _mirror_place(mirror, str(self.checkpoint_dir)) if mirror is not None else None
+        check_backlog(mirror_backlog_bytes)
+        place = mirror_place(mirror, str(self.checkpoint_dir)) if mirror is not None else None
         if retention is None:
             if not isinstance(max_checkpoints, int) or isinstance(max_checkpoints, bool) or max_checkpoints < 1:
                 raise ValueError(f"max_checkpoints must be a whole number of at least 1, not {max_checkpoints!r}")
@@ -153,30 +152,38 @@ class CheckpointManager:
             report=self._saver.emit,
             note_progress=self._storage.note_progress,
         )
-        self._mirror_directory: CheckpointDirectory | None = None
-        self._mirror: Mirror | None = None
-        tiers = [self._directory]
-        if mirror_place is not None:
-            self._mirror_directory = CheckpointDirectory(
-                mirror_place,
-                self._saver.storage,
-                retention=mirror_retention or retention,
-                metric=monitor_metric,
-                mode=monitor_mode,
-                lock_timeout_secs=lock_timeout_secs,
-                report=self._saver.emit,
-            )
-            self._directory.mirrored, self._directory.mirror_backlog_bytes = 0, mirror_backlog_bytes
-            tiers.append(self._mirror_directory)
+        self._mirror: MirrorTier | None = None
+        if place is not None:
+            self._mirror = self._make_mirror(place, mirror_retention or retention, mirror_storage_options)
+            self._directory.mirrored, self._directory.mirror_backlog_bytes = Mirrored(), mirror_backlog_bytes
+        tiers = [self._directory, *([self._mirror.directory] if self._mirror is not None else [])]
         self._resume = Resume(tiers, self._saver.emit, weights_only=weights_only)
         self._saving = threading.RLock()  # guards what follows; reentrant, since signal handlers may save
         self._is_opening = False
-        self._in_flight: list[tuple[SaveHandle, CheckpointInfo]] = []
-        self._recent_timings: deque[Timings] = deque(maxlen=_NUM_RECENT_SAVES)
-        self._overhead = OverheadMeter()
         self._newest_step: int | None = None
-        self._last_step = 0
-        self._last_secs = time.monotonic()
+        self._continued: Registry | None = None  # what was in the mirror, for a run that goes on from there
+        self._pace = Pace()
+
+    def _make_mirror(
+        self, place: str, retention: RetentionPolicy, storage_options: Mapping[str, Any] | None
+    ) -> MirrorTier:
+        saver = self._saver
+        options = MirrorOptions(
+            in_process=saver.writer != "thread",
+            nice=saver.nice,
+            lock_timeout_secs=self._lock_timeout_secs,
+            exit_timeout_secs=saver.exit_timeout_secs,
+        )
+        directory = CheckpointDirectory(
+            place,
+            saver.storage if storage_options is None else Places(storage_options, saver.storage.journals),
+            retention=retention,
+            metric=self.monitor_metric,
+            mode=self.monitor_mode,
+            lock_timeout_secs=self._lock_timeout_secs,
+            report=saver.emit,
+        )
+        return MirrorTier(directory, self._directory, options, saver.emit)
 
     # --- saving ---
 
@@ -266,7 +273,7 @@ class CheckpointManager:
         if saved is not None and handle is None:
             step, is_skipped = saved
             if not is_skipped:
-                self._mark_progress(step)  # so that this rank's should_save says what rank 0's does
+                self._pace.mark(step)  # so that this rank's should_save says what rank 0's does
             handle = SaveHandle(str(self.checkpoint_dir), _run)
             handle.skip()  # rank 0 writes
         return handle
@@ -316,12 +323,11 @@ class CheckpointManager:
                 handle = self._saver.fail(str(self.checkpoint_dir / info.filepath), error)
                 self._note_saving(handle, info)
                 return handle
-            self._forget_settled()
             if self.save_best_only and not self._is_improvement(info):
                 return None
             self._note_branch(info)
-            if (mirror := self._running_mirror()) is not None:
-                self._directory.mirrored = mirror.mirrored
+            if self._mirror is not None:
+                self._directory.mirrored = self._mirror.running().mirrored
             listing = replace(self._directory.reserve(info), is_certain=is_certain)
             handle = self._submit_listed(checkpoint, listing, model, optimizer)
             if not handle.skipped:
@@ -332,7 +338,8 @@ class CheckpointManager:
         self, checkpoint: dict[str, Any], listing: Listing, model: torch.nn.Module, optimizer: Any
     ) -> SaveHandle:
         """For the mirror too, which is told before, since it may have it at once."""
-        mirror, sequence = self._mirror, listing.info.sequence or 0
+        mirror = self._mirror.started if self._mirror is not None else None
+        sequence = listing.info.sequence or 0
         mirrored = mirror.expect(sequence) if mirror is not None else None
         handle: SaveHandle | None = None
         try:
@@ -355,9 +362,7 @@ class CheckpointManager:
 
     def _note_saving(self, handle: SaveHandle, info: CheckpointInfo) -> None:
         self._newest_step = info.global_step
-        self._mark_progress(info.global_step or 0)
-        self._in_flight.append((handle, info))
-        self._overhead.note_save()
+        self._pace.note_save(handle, info)
 
     def _open(self) -> bool:
         """Open the directory for writing, if it is not open; False when the storage does not say whether it still is.
@@ -374,8 +379,8 @@ class CheckpointManager:
             # Somebody may have moved or removed the directory under what is in flight.
             if not self._saver.wait_idle(self._max_opening_secs):
                 raise NoAnswerError
-            if not self._directory.was_open and self._mirror_directory is not None:
-                self._continue_run(self._mirror_directory)
+            if not self._directory.was_open and self._mirror is not None:
+                self._continue_run(self._mirror)
             self._storage.ask(self._directory.open_for_writing, self._max_opening_secs)
         except NoAnswerError:
             raise StorageBusyError(
@@ -386,30 +391,19 @@ class CheckpointManager:
             self._is_opening = False
         return True
 
-    def _continue_run(self, mirror: CheckpointDirectory) -> None:
+    def _continue_run(self, mirror: MirrorTier) -> None:
         """Let an empty directory go on with the run that is in the mirror: what a load found there, or what is found
         there now.
 
         The mirror is asked only if the directory is empty and nothing was loaded, and not for long: a save does not
-        wait for it. If it says nothing then, a new run begins, with a warning: its checkpoints are durable here,
-        but never come to a mirror that turns out to hold another run. Raises `NoAnswerError` if the directory itself
-        does not answer.
+        wait for it. Raises `NoAnswerError` if the directory itself does not answer.
         """
         seen = self._resume.seen.get(_MIRROR_TIER)
         if seen is None and self._storage.ask(self._is_empty, self._max_opening_secs):
-            seen = self._look_at_mirror(mirror)
+            seen = mirror.look()
+        self._continued = seen
         if seen is not None:
             self._directory.continue_run(seen.run_id, seen.last_sequence)
-
-    def _find_mirrored(self, mirror: CheckpointDirectory) -> int:
-        """How far the mirror is; asked, for a short time, if nothing has been heard of it yet. 0 if it does not say."""
-        if self._mirror is not None and self._mirror.mirrored:
-            return self._mirror.mirrored
-        with contextlib.suppress(OSError, CheckpointError):
-            found = _ask_mirror(mirror)
-            if found.run_id == self._registry().run_id:
-                return found.last_sequence
-        return 0
 
     def _is_empty(self) -> bool:
         """Whether the directory holds nothing of any run; not so if it can't be read, which its opening tells of."""
@@ -417,52 +411,6 @@ class CheckpointManager:
             found = self._directory.read()
             return found.recorded is None and not found.registry.checkpoints
         return False
-
-    def _look_at_mirror(self, mirror: CheckpointDirectory) -> Registry | None:
-        try:
-            return _ask_mirror(mirror)
-        except (OSError, CheckpointError) as error:
-            problem = error
-        log_quietly(
-            logging.WARNING,
-            f"{self.checkpoint_dir} is empty, and its mirror {mirror.path} can't be looked at ({problem}): a NEW run "
-            "begins. Should the mirror hold checkpoints already, they are left alone, and nothing of this run comes "
-            f"there; to go on with them, stop, move {self.checkpoint_dir} away, and start again when it answers",
-        )
-        self._saver.emit("mirror_failed", mirror.path, f"a new run begins without it: {problem}")
-        return None
-
-    def _running_mirror(self) -> Mirror | None:
-        """The mirror, if there is to be one: from now on it is brought what it lacks."""
-        with self._saving:
-            if self._mirror is None and self._mirror_directory is not None:
-                self._saver.check_open()
-                self._mirror = self._start_mirror(self._mirror_directory)
-            return self._mirror
-
-    def _start_mirror(self, directory: CheckpointDirectory) -> Mirror:
-        retention, storage = directory.retention, self._saver.storage
-        assert retention is not None
-        setup = SetupMirror(
-            source=os.fsencode(self.checkpoint_dir),
-            target=os.fsencode(directory.path),
-            retention=to_plain(retention) or [],
-            metric=self.monitor_metric,
-            mode=self.monitor_mode,
-            lock_timeout_secs=self._lock_timeout_secs,
-            nice=self._saver.nice,
-            storage_options=storage.plain_options,
-            journals=self._directory.path_of(JOURNALS_NAME),
-        )
-        in_process = self._saver.writer != "thread" and storage.is_shared(directory.path)
-        return Mirror.start(
-            setup,
-            retention,
-            storage,
-            self._saver.emit,
-            in_process=in_process,
-            exit_timeout_secs=self._saver.exit_timeout_secs,
-        )
 
     def _looks_open(self) -> bool | None:
         """Whether the directory is open for writing; None when it should be, but the storage does not answer."""
@@ -479,18 +427,15 @@ class CheckpointManager:
         return self._directory.registry if known is None else known
 
     def _is_improvement(self, info: CheckpointInfo) -> bool:
-        """On the best there is, and on those that are still being written."""
-        self._forget_settled()
-        best = self._directory.own_registry.best_score
-        for _, other in self._in_flight:
-            if is_better(other.metric(self.monitor_metric), best, self.monitor_mode):
-                best = other.metric(self.monitor_metric)
+        """On the best there is, also in the mirror that an empty disk went on from, and on what is being written."""
+        registry, continued = self._directory.own_registry, self._continued
+        best = registry.best_score
+        scores = [other.metric(self.monitor_metric) for other in self._pace.in_flight]
+        if continued is not None and continued.run_id == registry.run_id:
+            scores.append(continued.best_score)
+        for score in scores:
+            best = score if is_better(score, best, self.monitor_mode) else best
         return is_better(info.metric(self.monitor_metric), best, self.monitor_mode)
-
-    def _forget_settled(self) -> None:
-        settled = [handle for handle, _ in self._in_flight if handle.done()]
-        self._recent_timings.extend(handle.timings for handle in settled if handle.failure() is None)
-        self._in_flight = [pending for pending in self._in_flight if pending[0] not in settled]
 
     def _note_branch(self, info: CheckpointInfo) -> None:
         newest = self._newest_step
@@ -514,32 +459,10 @@ class CheckpointManager:
         self._saver.check_not_in_callback("should_save")
         policy = self._save_policy
         if policy is None:
-            return step != self._last_step
+            return step != self._pace.last_step
         if policy.uses_time:
-            return Ranks().on_first(lambda: policy.should_save(self._progress(step)))
-        return policy.should_save(self._progress(step))
-
-    def _progress(self, step: int) -> Progress:
-        with self._saving:
-            self._forget_settled()
-            recent = list(self._recent_timings)
-            in_flight = [handle.timings for handle, _ in self._in_flight]
-            now = time.monotonic()
-            self._overhead.note_step(now, is_writing=bool(in_flight))
-            slower_secs = self._overhead.slower_secs()
-        stalls = [timings.blocked_secs + timings.fence_secs for timings in [*recent, *in_flight]]
-        writes = [timings.durable_secs for timings in recent]
-        return Progress(
-            step=step,
-            secs=now,
-            last_step=self._last_step,
-            last_secs=self._last_secs,
-            cost_secs=statistics.median(stalls) + slower_secs if stalls else None,
-            write_secs=statistics.median(writes) if writes else None,
-        )
-
-    def _mark_progress(self, step: int) -> None:
-        self._last_step, self._last_secs = step, time.monotonic()
+            return Ranks().on_first(lambda: self._pace.should_save(policy, step))
+        return self._pace.should_save(policy, step)
 
     # --- loading ---
 
@@ -628,7 +551,7 @@ class CheckpointManager:
             return 0, {}
         with self._saving:
             self._newest_step = None
-            self._mark_progress(checkpoint.get("global_step") or 0)
+            self._pace.mark(checkpoint.get("global_step") or 0)
         return checkpoint.get("epoch") or 0, checkpoint
 
     # --- the directory ---
@@ -671,8 +594,8 @@ class CheckpointManager:
         deleted, durably. With `dry_run` nothing is changed. Raises as `save` does when the directory can't be written.
         In a distributed run rank 0 does it, and waits for nobody; on the others nothing happens, and none are returned.
         """
-        if Ranks().is_first and self._mirror_directory is not None:
-            self._directory.mirrored = self._find_mirrored(self._mirror_directory)
+        if Ranks().is_first and self._mirror is not None:
+            self._directory.mirrored = self._mirror.find_mirrored(self._registry())
         if dry_run:
             return [self._directory.locate(info) for info in self._directory.prune(retention, dry_run=True)]
         return self._on_directory(lambda: self._directory.prune(retention), "prune")
@@ -701,7 +624,7 @@ class CheckpointManager:
         self._saver.check_open()
         with self._saving:
             self._open()
-        mirror = self._running_mirror()
+            mirror = self._mirror.running() if self._mirror is not None else None
         changed = self._saver.run_on_worker(change, name, str(self.checkpoint_dir))
         if mirror is not None:
             mirror.poke()
@@ -716,8 +639,8 @@ class CheckpointManager:
     def leave_to_writer(self) -> None:
         """As `AsyncCheckpointSaver.leave_to_writer`; what the mirror lacks is its process's business, too."""
         self._saver.leave_to_writer()
-        if (mirror := self._mirror) is not None:
-            mirror.leave()
+        if self._mirror is not None:
+            self._mirror.leave()
 
     # --- the end ---
 
@@ -735,7 +658,7 @@ class CheckpointManager:
         """
         if tier not in ("local", "mirror"):
             raise ValueError(f"tier must be 'local' or 'mirror', not {tier!r}")
-        if tier == "mirror" and self._mirror_directory is None:
+        if tier == "mirror" and self._mirror is None:
             raise ValueError("this manager has no mirror")
         self._saver.check_not_in_callback("wait")
         Ranks().on_first(lambda: self._wait(timeout, tier))
@@ -743,12 +666,11 @@ class CheckpointManager:
     def _wait(self, timeout: float | None, tier: str) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
         self._saver.wait(timeout)
-        if tier == "mirror" and (mirror := self._running_mirror()) is not None:
-            rest = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not mirror.wait(rest):
-                reason = f": {mirror.problem}" if mirror.problem is not None else ""
-                raise WaitTimeoutError(f"the mirror does not have everything yet{reason}")
-            _raise_losses(mirror.take_losses())
+        if tier == "mirror" and self._mirror is not None:
+            with self._saving:
+                self._saver.check_open()
+                self._mirror.running()
+            self._mirror.wait(deadline)
 
     def close(self, timeout: float | None = None) -> None:
         """Wait until everything is durable, and give threads, memory and the directory back. Raises as `wait` does.
@@ -764,9 +686,8 @@ class CheckpointManager:
             self._give_back(deadline)
 
     def _close_mirror(self, deadline: float | None) -> None:
-        """What the mirror does not take now is left to the next run."""
         if self._mirror is not None:
-            self._mirror.close(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            self._mirror.close(deadline)
 
     def _give_back(self, deadline: float | None) -> None:
         """Let the next writer in, once nothing is in flight; not on this thread, which a dead storage must not hold."""
@@ -800,50 +721,6 @@ class CheckpointManager:
 def _check_policy(name: str, policy: RetentionPolicy | None) -> None:
     if policy is not None and not isinstance(policy, RetentionPolicy):
         raise TypeError(f"{name} must be a retention policy, as KeepLast(5) is, not {policy!r}")
-
-
-def _check_backlog(num_bytes: int) -> None:
-    if not isinstance(num_bytes, int) or isinstance(num_bytes, bool):
-        raise TypeError(f"mirror_backlog_bytes must be an int, not {type(num_bytes).__name__}")
-    if not 0 <= num_bytes <= _MAX_BACKLOG_BYTES:
-        raise ValueError(f"mirror_backlog_bytes must be from 0 to {_MAX_BACKLOG_BYTES}, not {num_bytes}")
-
-
-def _raise_losses(losses: list[Exception]) -> None:
-    if len(losses) == 1:
-        raise losses[0]
-    if losses:
-        raise CheckpointError(
-            f"{len(losses)} checkpoints never came to the mirror; the first: {losses[0]}"
-        ) from losses[0]
-
-
-def _ask_mirror(mirror: CheckpointDirectory) -> Registry:
-    """What is in the mirror. Blocks for a short time; raises OSError and `CheckpointError`."""
-    try:
-        return _ask_apart(lambda: mirror.read().registry, _MAX_MIRROR_LOOK_SECS)
-    except NoAnswerError:
-        raise CheckpointError(f"it has not answered for {_MAX_MIRROR_LOOK_SECS:g} s") from None
-
-
-def _ask_apart(question: Callable[[], T], max_secs: float) -> T:
-    """On a thread of its own: a mirror's silence is not that of the directory. Raises `NoAnswerError`."""
-    asking = BoundedStorage()
-    try:
-        return asking.ask(question, max_secs)
-    finally:
-        asking.end(_nothing)
-
-
-def _mirror_place(mirror: str | os.PathLike[str], directory: str) -> str:
-    place = full_path(mirror, "mirror")
-    is_same = place == directory
-    if not scheme_of(place) and not scheme_of(directory):
-        with contextlib.suppress(NoAnswerError, OSError):
-            is_same = _ask_apart(lambda: os.path.realpath(place) == os.path.realpath(directory), _MAX_LOOK_SECS)
-    if is_same:
-        raise ValueError(f"the mirror must be another place than checkpoint_dir, not {place!r} again")
-    return place
 
 
 def _run(action: Callable[[], object]) -> None:

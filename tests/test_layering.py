@@ -25,6 +25,7 @@ LAYERS = [
     "cli.tensors",
     "cli.output cli.options",
     "manager",
+    "mirror_tier pace",
     "resume distributed.ddp preemption",
     "state.restore state.sampler",
     "state.capture",
@@ -48,6 +49,7 @@ LAYERS = [
     "registry.directory",
     "registry.files",
     "registry.recovery registry.turns registry.mirror_note",
+    "registry.backlog",
     "registry.registry",
     "image.snapshot",
     "image.fence",
@@ -84,7 +86,8 @@ LAYERS = [
 ]
 TORCH_FREE = {
     *("errors", "events", "init", "naming", "records", "threads", "version", "policies", "interval", "overhead"),
-    *("registry.registry", "registry.retention", "registry.recovery", "registry.directory"),
+    *("mirror_tier", "pace"),
+    *("registry.registry", "registry.retention", "registry.backlog", "registry.recovery", "registry.directory"),
     *("registry.files", "registry.turns", "registry.mirror_note"),
     *("registry.replication", "service.mirror", "service.mirror_process", "service.replicator"),
     *(f"image.{name}" for name in ("layout", "arena", "checksum", "verify", "file", "payloads", "whole_checksum")),

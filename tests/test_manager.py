@@ -1286,4 +1286,4 @@ def test_handles_do_not_pile_up(make: Callable[..., CheckpointManager]) -> None:
         handle = training.save(manager, global_step=step)
         assert handle is not None
         handle.result(60)
-    assert len(manager._in_flight) <= 1
+    assert len(manager._pace.in_flight) <= 1

@@ -20,10 +20,10 @@ from storage.s3_server import BUCKET, S3Server
 from torch import nn
 
 import asyncckpt
-from asyncckpt import CheckpointInfo, CheckpointManager, KeepLast, WaitTimeoutError
-from asyncckpt import manager as manager_module
+from asyncckpt import CheckpointInfo, CheckpointManager, KeepLast, WaitTimeoutError, mirror_tier
 from asyncckpt.cli.listing import gather
 from asyncckpt.events import Event
+from asyncckpt.registry.backlog import Mirrored
 from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.registry.mirror_note import NoteWriter
 from asyncckpt.registry.recovery import Survey
@@ -104,6 +104,14 @@ def save(manager: CheckpointManager, step: int, loss: float | None = None) -> as
     return handle
 
 
+def arrival(handle: asyncckpt.SaveHandle, timeout: float = 60) -> CheckpointInfo:
+    """The checkpoint in the mirror."""
+    assert handle.mirrored is not None
+    info = handle.mirrored.result(timeout)
+    assert info is not None
+    return info
+
+
 def steps(manager: CheckpointManager) -> list[int | None]:
     return [info.global_step for info in manager.list_checkpoints()]
 
@@ -116,9 +124,8 @@ def test_everything_comes_to_the_mirror(make: Make, reader: CheckpointManager) -
     assert steps(reader) == [3, 4, 5]
     assert (reader.best and reader.best.global_step) == 5
     assert all(report.ok for report in reader.verify())
-    mirrored = [handle.mirrored.result(60) for handle in handles if handle.mirrored is not None]
-    assert [info.global_step for info in mirrored] == [1, 2, 3, 4, 5]
-    assert str(mirrored[-1].filepath) == str(reader.list_checkpoints()[-1].filepath)
+    assert [arrival(handle).global_step for handle in handles[2:]] == [3, 4, 5]
+    assert str(arrival(handles[-1]).filepath) == str(reader.list_checkpoints()[-1].filepath)
     save(manager, 6)
     manager.wait(60)
     assert steps(manager) == [5, 6]
@@ -288,7 +295,8 @@ def test_a_mirror_that_is_down_holds_up_nothing(make: Make, tmp_path: Path) -> N
     manager.wait(60, tier="mirror")
     with CheckpointManager(down.path) as reader:
         assert steps(reader) == [4, 5]
-    assert all(handle.mirrored is not None and handle.mirrored.result(60) for handle in handles)
+    assert [handle.mirrored and handle.mirrored.result(60) for handle in handles[:3]] == [None, None, None]
+    assert [arrival(handle).global_step for handle in handles[3:]] == [4, 5]
     save(manager, 6)
     manager.wait(60)
     assert steps(manager) == [5, 6]
@@ -350,7 +358,7 @@ def test_the_note_brings_no_removed_directory_back(make: Make, tmp_path: Path) -
     manager.wait(60, tier="mirror")
     note = NoteWriter(Places(), str(tmp_path / "here"), "s3://bucket/run")
     shutil.rmtree(tmp_path / "here")
-    note.tell(7, None)
+    note.tell(Mirrored(7), None)
     assert not (tmp_path / "here").exists()
 
 
@@ -390,8 +398,7 @@ def test_closing_tries_once_more(make: Make, tmp_path: Path) -> None:
     assert failed.wait(60)
     down.up()
     manager.close()
-    assert handle.mirrored is not None
-    assert handle.mirrored.result(0).global_step == 1
+    assert arrival(handle, 0).global_step == 1
     with CheckpointManager(down.path) as reader:
         assert steps(reader) == [1]
 
@@ -414,8 +421,7 @@ def test_a_manager_that_is_dropped(make: Make, kind: str, there: tuple[str, dict
     manager = CheckpointManager(tmp_path / "here", mirror=place, writer=writer, **options)
     handle = save(manager, 1)
     del manager
-    assert handle.mirrored is not None
-    assert handle.mirrored.result(60).global_step == 1
+    assert arrival(handle).global_step == 1
     wait_for(lambda: not Places(options.get("storage_options")).is_locked(place))
     again = make()
     save(again, 2)
@@ -469,7 +475,7 @@ def test_the_first_save_on_an_empty_disk_does_not_wait_for_a_silent_mirror(
     make: Make, silent: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """For long; that a new run begins is said loudly."""
-    monkeypatch.setattr(manager_module, "_MAX_MIRROR_LOOK_SECS", 0.1)
+    monkeypatch.setattr(mirror_tier, "_MAX_LOOK_SECS", 0.1)
     manager = make(mirror=silent, stall_timeout_secs=300.0)
     save(manager, 1).result(60)
     assert "a NEW run begins" in caplog.text
@@ -544,14 +550,13 @@ def test_a_checkpoint_that_is_mirrored_at_once(make: Make, monkeypatch: pytest.M
         handle = save_listed(*arguments, **options)
         handle.result(60)
         assert manager._mirror is not None
-        assert manager._mirror.wait(60)
+        assert manager._mirror.running().wait(60)
         return handle
 
     monkeypatch.setattr(manager._saver, "save_listed", save_slowly)
     for step in (1, 2):
         handle = save(manager, step)
-        assert handle.mirrored is not None
-        assert handle.mirrored.result(60).global_step == step
+        assert arrival(handle).global_step == step
 
 
 @only_to_a_directory
@@ -584,8 +589,7 @@ def test_a_slow_callback_does_not_hold_up_the_mirror(make: Make) -> None:
         assert begun.wait(60)
         manager.wait(60, tier="mirror")
         handle = save(manager, 2)
-        assert handle.mirrored is not None
-        assert handle.mirrored.result(20).global_step == 2
+        assert arrival(handle, 20).global_step == 2
     finally:
         ended.set()
 
@@ -692,7 +696,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def stop_copying(manager: CheckpointManager) -> int:
     """Let the mirror's process hear, and do, nothing for a while; its id."""
     assert manager._mirror is not None
-    copier = manager._mirror._copier
+    copier = manager._mirror.running()._copier
     assert isinstance(copier, ProcessCopier)
     pid = copier.pid
     assert pid is not None
@@ -747,8 +751,8 @@ def test_pokes_never_wait(make: Make, reader: CheckpointManager) -> None:
     save(manager, 1)
     manager.wait(60, tier="mirror")
     pid = stop_copying(manager)
-    mirror = manager._mirror
-    assert mirror is not None
+    assert manager._mirror is not None
+    mirror = manager._mirror.running()
     poking = threading.Thread(target=lambda: [mirror.poke() for _ in range(20_000)], daemon=True)
     poking.start()
     poking.join(30)
@@ -786,7 +790,7 @@ def test_the_process_is_killed(make: Make, reader: CheckpointManager, tmp_path: 
     manager.wait(60, tier="mirror")
     for step in (2, 3):
         assert manager._mirror is not None
-        copier = manager._mirror._copier
+        copier = manager._mirror.running()._copier
         assert isinstance(copier, ProcessCopier)
         before = copier.pid
         assert before is not None

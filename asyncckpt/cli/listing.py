@@ -75,7 +75,7 @@ def gather(storage: Storage, directory: str) -> Listed:
 def _mirror(note: MirrorNote | None, checkpoints: Sequence[CheckpointInfo]) -> ListedMirror | None:
     if note is None:
         return None
-    lacks = sum((info.sequence or 0) > note.mirrored and not info.damaged for info in checkpoints)
+    lacks = sum(note.standing.awaits(info.sequence) and not info.damaged for info in checkpoints)
     return ListedMirror(note.mirror, lacks, note.problem, note.since)
 
 

@@ -31,6 +31,7 @@ from asyncckpt.naming import BEST_NAME, REGISTRY_NAME, numbered_name
 from asyncckpt.paths import as_path
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry import turns
+from asyncckpt.registry.backlog import Mirrored
 from asyncckpt.registry.files import CheckpointFiles, NameTakenError, Report
 from asyncckpt.registry.recovery import Survey, describe_file, read_registry, survey
 from asyncckpt.registry.registry import (
@@ -95,10 +96,10 @@ class CheckpointDirectory:
         self.path = path
         self.retention, self.metric, self.mode = retention, metric, mode
         self.generation = next(_generations)
-        self.mirrored: int | None = None  # the last commit that a mirror has; later ones are kept for it
-        self.mirror_backlog_bytes = 0  # as long as they are no more than this
+        self.mirrored: Mirrored | None = None  # how far its mirror is; what that awaits is kept for it
+        self.mirror_backlog_bytes = 0  # as long as it is no more than this
         self.was_open = False  # for writing, at some time: the run is under way
-        self._storage = storage
+        self.storage = storage
         self._lock_timeout_secs = lock_timeout_secs
         self._note_progress = note_progress
         self._files = CheckpointFiles(storage, path, report, note_progress)
@@ -127,7 +128,7 @@ class CheckpointDirectory:
 
     def read(self) -> Survey:
         """What the directory holds now. Blocks for a few small reads; raises as `survey` does."""
-        found = survey(self._storage, self.path, self.metric, self.mode)
+        found = survey(self.storage, self.path, self.metric, self.mode)
         if found.damage:
             self._report(
                 logging.WARNING, "recovered", REGISTRY_NAME, f"damaged, so the files are listed instead: {found.damage}"
@@ -163,7 +164,7 @@ class CheckpointDirectory:
 
     def await_finishing(self) -> None:
         """Wait for a writer that finishes the checkpoints of a trainer that has died. See `turns.await_finishing`."""
-        turns.await_finishing(self._storage, self.path, self._lock_timeout_secs)
+        turns.await_finishing(self.storage, self.path, self._lock_timeout_secs)
 
     def note_damaged(self, info: CheckpointInfo) -> None:
         """A load found it so: from now on it is not the best, and takes no whole checkpoint's place in retention."""
@@ -173,14 +174,14 @@ class CheckpointDirectory:
     def has_file(self, name: str) -> bool:
         """Whether there is such a file now."""
         try:
-            with self._storage.open(self.path_of(name)):
+            with self.storage.open(self.path_of(name)):
                 return True
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return False
 
     def open_to_load(self, path: str, *, follow_links: bool = True) -> LocalReader:
         """A checkpoint's file, that can be mapped."""
-        return open_to_load(self._storage, path, follow_links=follow_links)
+        return open_to_load(self.storage, path, follow_links=follow_links)
 
     def path_of(self, name: str) -> str:
         """The whole path of one of its files."""
@@ -196,10 +197,10 @@ class CheckpointDirectory:
         """Whether it is (still) open for writing; if so, `reserve` knows from now on which names are there. Blocks."""
         if not self.is_open:
             return False
-        if not self._storage.is_near(self.path):
+        if not self.storage.is_near(self.path):
             return True  # the commit says whether there is somebody else's file
         with contextlib.suppress(OSError):
-            self._names = frozenset(self._storage.list_names(self.path))
+            self._names = frozenset(self.storage.list_names(self.path))
         return True
 
     def open_for_writing(self) -> None:
@@ -220,8 +221,8 @@ class CheckpointDirectory:
                     if self._run_id is not None:
                         self._check_place(self._run_id)
                     self.close()
-                    self._lock = turns.take_lock(self._storage, self.path, self._lock_timeout_secs)
-                    self._device = self._storage.device(self.path)
+                    self._lock = turns.take_lock(self.storage, self.path, self._lock_timeout_secs)
+                    self._device = self.storage.device(self.path)
                     self._note_progress()
                     self._recover()
                     self.look()
@@ -238,14 +239,14 @@ class CheckpointDirectory:
         An empty directory will do where it was, but not on another file system: what an unmounted one leaves behind is
         not to be filled, since nobody would find those checkpoints once it is mounted again.
         """
-        found = survey(self._storage, self.path, self.metric, self.mode)
+        found = survey(self.storage, self.path, self.metric, self.mode)
         if found.recorded is not None or found.registry.checkpoints:
             if found.registry.run_id != run_id:
                 raise CheckpointWriteError(
                     f"{self.path} has become another run's directory under this run, which leaves it alone; put this "
                     "run's back, or make a manager of another directory"
                 )
-        elif self._device is not None and self._storage.device(self.path) != self._device:
+        elif self._device is not None and self.storage.device(self.path) != self._device:
             raise CheckpointWriteError(
                 f"{self.path} is on another file system than before, with nothing of this run; mount the one that "
                 "holds its checkpoints, or make another manager"
@@ -283,11 +284,11 @@ class CheckpointDirectory:
 
     def _recover(self) -> None:
         self.generation = next(_generations)
-        for path in self._storage.sweep(self.path, has_lock=True):
+        for path in self.storage.sweep(self.path, has_lock=True):
             self._report(logging.WARNING, "swept", os.path.basename(path), "left by a writer that died")
-        self._version = self._storage.version(self.path_of(REGISTRY_NAME))
-        self._linked_version = self._storage.version(self.path_of(BEST_NAME))
-        found = survey(self._storage, self.path, self.metric, self.mode, every_file=True)
+        self._version = self.storage.version(self.path_of(REGISTRY_NAME))
+        self._linked_version = self.storage.version(self.path_of(BEST_NAME))
+        found = survey(self.storage, self.path, self.metric, self.mode, every_file=True)
         if found.registry.last_sequence > _MOST_COMMITS:
             raise RegistryError(f"{self.path} can't be written to: its checkpoints' numbers are beyond all reason")
         if found.damage:
@@ -354,8 +355,8 @@ class CheckpointDirectory:
         with self._writing:
             if self._lock is not None:
                 self._lock.release()
-            self._lock = self._storage.receive_lock(self.path, lock)
-            self._device = self._storage.device(self.path)
+            self._lock = self.storage.receive_lock(self.path, lock)
+            self._device = self.storage.device(self.path)
             self._set_state(state)
 
     def learn(self, state: WriterState) -> None:
@@ -406,8 +407,8 @@ class CheckpointDirectory:
 
     def _next_sequence(self) -> int:
         sequence = next(self._sequences)
-        if sequence <= (self.mirrored or 0):  # an old directory came back: the mirror has others under these numbers
-            sequence = (self.mirrored or 0) + 1
+        if self.mirrored is not None and sequence <= self.mirrored.last:
+            sequence = self.mirrored.last + 1  # an old directory came back: the mirror has others under these numbers
             self._sequences = itertools.count(sequence + 1)
         return sequence
 
@@ -433,7 +434,7 @@ class CheckpointDirectory:
         writer has taken the directory over: what that one commits later a commit of this version can't replace.
         """
         path = self.path_of(name)
-        version = self._storage.version(path) if self._storage.has_versions(self.path) else None
+        version = self.storage.version(path) if self.storage.has_versions(self.path) else None
         registry = self._own_registry()
         listed = next((info for info in registry.checkpoints if str(info.filepath) == name), None)
         if listed is not None and listed.pinned:
@@ -461,8 +462,10 @@ class CheckpointDirectory:
             self._check_claim()
             if not self.is_open:
                 self._check_place(registry.run_id)
+            if (info.sequence or 0) <= before.last_sequence:
+                before = self._announce(before, info)
             contents = encode_registry(registry)
-            upload = self._storage.begin(self.path_of(REGISTRY_NAME), len(contents), expected=self._version)
+            upload = self.storage.begin(self.path_of(REGISTRY_NAME), len(contents), expected=self._version)
             try:
                 upload.write(0, memoryview(contents))
                 upload.sync()
@@ -487,6 +490,16 @@ class CheckpointDirectory:
             self._link_best()
             self._reserved.discard(str(info.filepath))
         return next((kept for kept in registry.checkpoints if kept.sequence == info.sequence), info)
+
+    def _announce(self, registry: Registry, info: CheckpointInfo) -> Registry:
+        """Of a file below the last number nobody could tell, after a crash before it is listed, that it was not dropped
+        long ago. Until then it is to be deleted."""
+        drop = PendingDelete(str(info.filepath), info.sequence or 0)
+        is_listed = any(other.filepath == info.filepath for other in registry.checkpoints)
+        if not is_listed and drop not in registry.pending_deletes:
+            registry = replace(registry, pending_deletes=(*registry.pending_deletes, drop))
+            self._write(registry)
+        return registry
 
     def finish_recording(self) -> None:
         """Write what an earlier `record` has committed, and could not list. Blocks; raises OSError."""
@@ -577,13 +590,11 @@ class CheckpointDirectory:
                 self._write(registry)
         return [replace(info, pinned=is_pinned) for info in chosen] if is_pinned else changed
 
-    def change_pins(self, pinned: Collection[int], unpinned: Collection[int]) -> None:
-        """Pin the checkpoints with some sequence numbers, unpin others. Blocks; durable on return."""
+    def follow_pins(self, infos: Sequence[CheckpointInfo], gone: Collection[int]) -> None:
+        """Pin what another directory of the run pins; see `Registry.following_pins`. Blocks; durable on return."""
         with self._writing, _explained(self.path, "was not changed"):
-            before = registry = self._own_registry()
-            for info in before.checkpoints:
-                if info.sequence in pinned or info.sequence in unpinned:
-                    registry = registry.with_pin(info, is_pinned=info.sequence in pinned)
+            before = self._own_registry()
+            registry = before.following_pins(infos, gone)
             if registry != before:
                 self.generation = next(_generations)
                 self._write(registry)
@@ -606,9 +617,9 @@ class CheckpointDirectory:
             return kept
         total, awaited = 0, set[int]()
         for info in reversed(checkpoints):
+            if info.sequence is None or not self.mirrored.awaits(info.sequence):
+                continue
             total += info.num_bytes
-            if info.sequence is None or info.sequence <= self.mirrored:
-                break
             if total > self.mirror_backlog_bytes:
                 break
             awaited.add(info.sequence)
@@ -621,7 +632,7 @@ class CheckpointDirectory:
         """What has just been dropped though the mirror does not have it."""
         if self.mirrored is not None:
             for drop in after.pending_deletes:
-                if drop.sequence > self.mirrored and drop not in before.pending_deletes:
+                if self.mirrored.awaits(drop.sequence) and drop not in before.pending_deletes:
                     self._report(logging.ERROR, "mirror_failed", drop.name, f"dropped before it was mirrored: {why}")
 
     def _note_doubtful(self, before: Registry, registry: Registry, info: CheckpointInfo) -> None:
@@ -640,7 +651,7 @@ class CheckpointDirectory:
     def _is_there(self, info: CheckpointInfo) -> bool:
         """Whether the file is this checkpoint. Raises OSError when it can't be read."""
         with contextlib.suppress(CorruptCheckpointError):
-            description = describe_file(self._storage, self.path_of(str(info.filepath)))
+            description = describe_file(self.storage, self.path_of(str(info.filepath)))
             return description is not None and description.info.sequence == info.sequence
         return False
 
@@ -655,7 +666,7 @@ class CheckpointDirectory:
     def _write(self, registry: Registry) -> None:
         path = self.path_of(REGISTRY_NAME)
         try:
-            self._version = self._storage.replace(path, encode_registry(registry), expected=self._version)
+            self._version = self.storage.replace(path, encode_registry(registry), expected=self._version)
         except ConflictError:
             self._overwrite(registry)
         self._registry, self._is_recorded = registry, True
@@ -665,12 +676,12 @@ class CheckpointDirectory:
         it was removed, or a write of ours has arrived of which we had no answer.
         """
         path = self.path_of(REGISTRY_NAME)
-        version = self._storage.version(path)
-        recorded, _ = read_registry(self._storage, self.path)
+        version = self.storage.version(path)
+        recorded, _ = read_registry(self.storage, self.path)
         self._check_claim()
         if recorded is not None and recorded.claim != registry.claim:
             raise ConflictError(errno.EEXIST, "another writer has written it in the same moment")
-        self._version = self._storage.replace(path, encode_registry(registry), expected=version)
+        self._version = self.storage.replace(path, encode_registry(registry), expected=version)
 
     def _check_claim(self) -> None:
         if self._lock is not None and self._lock.is_taken_over():
@@ -683,9 +694,9 @@ class CheckpointDirectory:
         """The registry is the truth; the link follows. Of a best one that somebody has deleted it learns here."""
         while (best := self._own_registry().best) is not None and not self._is_linked(best):
             try:
-                self._storage.link(self.path_of(str(best.filepath)), self.path_of(BEST_NAME))
+                self.storage.link(self.path_of(str(best.filepath)), self.path_of(BEST_NAME))
                 self._linked_best = best.sequence
-                self._linked_version = self._storage.version(self.path_of(BEST_NAME))
+                self._linked_version = self.storage.version(self.path_of(BEST_NAME))
             except FileNotFoundError:
                 self._report(logging.WARNING, "recovered", str(best.filepath), _GONE)
                 registry = self._own_registry()
@@ -696,7 +707,7 @@ class CheckpointDirectory:
     def _is_linked(self, best: CheckpointInfo) -> bool:
         """Where files have versions it is looked up: a writer that was taken for dead may have renewed it since."""
         return best.sequence == self._linked_best and (
-            not self._linked_version or self._storage.version(self.path_of(BEST_NAME)) == self._linked_version
+            not self._linked_version or self.storage.version(self.path_of(BEST_NAME)) == self._linked_version
         )
 
 

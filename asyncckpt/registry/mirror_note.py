@@ -14,20 +14,28 @@ import msgspec
 
 from asyncckpt.errors import CheckpointError
 from asyncckpt.naming import MIRROR_NOTE_NAME, REGISTRY_NAME, printable
+from asyncckpt.registry.backlog import Mirrored
 from asyncckpt.storage.base import Storage
 
 _MAX_NOTE_BYTES = 64 << 10
 _MAX_PLACE_CHARS, _MAX_PROBLEM_CHARS, _MAX_SINCE_CHARS = 4096, 500, 40
+_MAX_LACKING = 1000
+_Number = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 
 
 class MirrorNote(msgspec.Struct, frozen=True):
-    """Everything up to the sequence number `mirrored` is in `mirror`, or never will be; `problem` is what keeps the
-    rest waiting ("" if nothing does). So it is since `since`, in ISO 8601."""
+    """`mirror` has come as far as `mirrored` and `lacking` say (see `Mirrored`), and `problem` is what keeps the rest
+    waiting ("" if nothing does). So it is since `since`, in ISO 8601."""
 
     mirror: Annotated[str, msgspec.Meta(max_length=_MAX_PLACE_CHARS)]
-    mirrored: Annotated[int, msgspec.Meta(ge=0, lt=2**62)] = 0
+    mirrored: _Number = 0
+    lacking: Annotated[list[_Number], msgspec.Meta(max_length=_MAX_LACKING)] = []
     problem: Annotated[str, msgspec.Meta(max_length=_MAX_PROBLEM_CHARS)] = ""
     since: Annotated[str, msgspec.Meta(max_length=_MAX_SINCE_CHARS)] = ""
+
+    @property
+    def standing(self) -> Mirrored:
+        return Mirrored(self.mirrored, frozenset(self.lacking))
 
 
 _decoder = msgspec.json.Decoder(MirrorNote)
@@ -53,16 +61,16 @@ class NoteWriter:
         self._mirror = printable(mirror)[:_MAX_PLACE_CHARS]
         self._written: MirrorNote | None = None
 
-    def tell(self, mirrored: int, problem: Exception | None) -> None:
-        """How things are; `mirrored` is 0 as long as that is not known. Blocks for a small write if it has changed."""
+    def tell(self, mirrored: Mirrored, problem: Exception | None) -> None:
+        """How things are. Blocks for a small write if that has changed."""
         last = self._written or self._find()
         text = printable(problem)[:_MAX_PROBLEM_CHARS] if problem is not None else ""
-        mirrored = mirrored or last.mirrored
-        if (mirrored, text) == (last.mirrored, last.problem):
+        standing = _abridged(mirrored) if mirrored.last else last.standing
+        if (standing, text) == (last.standing, last.problem):
             return
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         since = last.since if text and text == last.problem else now
-        note = MirrorNote(self._mirror, mirrored, text, since)
+        note = MirrorNote(self._mirror, standing.last, sorted(standing.lacking), text, since)
         with contextlib.suppress(OSError, CheckpointError):
             self._write(note)
             self._written = note
@@ -77,3 +85,8 @@ class NoteWriter:
         with self._storage.open(os.path.join(self._directory, REGISTRY_NAME), follow_links=False):
             pass
         self._storage.replace(os.path.join(self._directory, MIRROR_NOTE_NAME), msgspec.json.encode(note))
+
+
+def _abridged(mirrored: Mirrored) -> Mirrored:
+    """Of very many that are lacking only the first is told: so what comes after it counts as lacking."""
+    return Mirrored(min(mirrored.lacking) - 1) if len(mirrored.lacking) > _MAX_LACKING else mirrored

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -45,7 +45,8 @@ class PendingDelete(NamedTuple):
 class Registry:
     """The checkpoints of one run, in order of their commits, with names relative to the directory.
 
-    `claim` is its writer's, on storage where one can be taken for dead who is not.
+    `claim` is its writer's, on storage where one can be taken for dead who is not. In a mirror `followed_pins` are the
+    sequence numbers that are pinned there because they are pinned in the directory that it follows.
     """
 
     run_id: str
@@ -55,6 +56,7 @@ class Registry:
     pending_deletes: tuple[PendingDelete, ...] = ()
     last_sequence: int = 0
     claim: str = ""
+    followed_pins: frozenset[int] = frozenset()
 
     @property
     def latest(self) -> CheckpointInfo | None:
@@ -119,6 +121,20 @@ class Registry:
             replace(other, pinned=is_pinned) if other.sequence == info.sequence else other for other in self.checkpoints
         )
 
+    def following_pins(self, infos: Iterable[CheckpointInfo], gone: Collection[int]) -> Registry:
+        """With what another directory of the run pins pinned, and unpinned what followed it, and is pinned there no
+        more, or is `gone`. Pins of its own stay; so do followed ones that the other directory knows nothing of.
+        """
+        is_pinned = {_sequence(info): info.pinned for info in infos}
+        pinned = {number for number, pins in is_pinned.items() if pins}
+        left = {number for number in self.followed_pins if number in gone or not is_pinned.get(number, True)}
+        there = {_sequence(info) for info in self.checkpoints}
+        registry = replace(self, followed_pins=frozenset(pinned | ((self.followed_pins & there) - left)))
+        for info in self.checkpoints:
+            if _sequence(info) in pinned | left:
+                registry = registry.with_pin(info, is_pinned=_sequence(info) in pinned)
+        return registry
+
     def deleted(self, pending: Iterable[PendingDelete]) -> Registry:
         """These files are gone, durably."""
         gone = set(pending)
@@ -165,6 +181,7 @@ class _Document(msgspec.Struct, kw_only=True):
     checkpoints: list[_Entry]
     pending_deletes: list[_PendingEntry]
     claim: str | msgspec.UnsetType = msgspec.UNSET
+    followed_pins: list[_Sequence] | msgspec.UnsetType = msgspec.UNSET
 
 
 class _Head(msgspec.Struct):
@@ -192,6 +209,7 @@ def encode_registry(registry: Registry) -> bytes:
         checkpoints=[_to_entry(info) for info in registry.checkpoints],
         pending_deletes=[_PendingEntry(*pending) for pending in registry.pending_deletes],
         claim=registry.claim or msgspec.UNSET,
+        followed_pins=sorted(registry.followed_pins) or msgspec.UNSET,
     )
     return msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
 
@@ -237,6 +255,7 @@ def _to_registry(document: _Document) -> Registry:
         pending_deletes=tuple(PendingDelete(pending.name, pending.sequence) for pending in document.pending_deletes),
         last_sequence=document.last_sequence,
         claim=document.claim or "",
+        followed_pins=frozenset(document.followed_pins or ()),
     )
     return registry.with_checkpoints(map(_from_entry, document.checkpoints))
 

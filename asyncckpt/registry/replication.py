@@ -1,56 +1,48 @@
 """Replication: a second directory of the same run is brought what is committed in the first. No torch.
 
-The replica is a directory like any other, with a registry and a retention of its own. What it lacks follows from the
-two registries alone (the sequence numbers above its last one), so nothing needs to be remembered across a restart.
+The replica is a directory like any other, with a registry and a retention of its own; see `backlog` for what it lacks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from asyncckpt.errors import CheckpointError
-from asyncckpt.image.file import open_checkpoint
+from asyncckpt.image.file import open_checkpoint, read_anew
 from asyncckpt.image.transfer import transferred
 from asyncckpt.records import CheckpointInfo
+from asyncckpt.registry.backlog import Backlog, backlog_of
 from asyncckpt.registry.directory import CheckpointDirectory, Listing
 from asyncckpt.registry.recovery import describe_file
-from asyncckpt.storage.base import Storage
 
 
 class Replica:
     """A directory that follows `source`, to be written by one thread. The source is only read."""
 
-    def __init__(self, source: CheckpointDirectory, storage: Storage, target: CheckpointDirectory) -> None:
+    def __init__(self, source: CheckpointDirectory, target: CheckpointDirectory) -> None:
         self._source = source
-        self._storage = storage
         self._target = target
         self._pinned: frozenset[int] = frozenset()  # in the source, when it was read last
 
-    @property
-    def last_sequence(self) -> int:
-        """How far the replica has come: the highest sequence number that it ever held. Blocks for small reads."""
-        return self._target.registry.last_sequence
+    def look(self, without: Collection[int]) -> Backlog:
+        """What is to be copied, but for the numbers in `without`.
 
-    def lacking(self) -> Sequence[CheckpointInfo]:
-        """What is to be copied, the oldest first. Opens the replica for writing, where there is something, and pins
-        there what is pinned in the source. Blocks.
-
-        Raises as `CheckpointDirectory.read` and `open_for_writing` do: a directory of another run is left alone, and so
-        is one that has other checkpoints of this run under the same numbers (`CheckpointError`).
+        Opens the replica for writing, and pins there what is pinned in the source. Blocks. Raises as
+        `CheckpointDirectory.read` and `open_for_writing` do: a directory of another run is left alone, and so is one
+        that has other checkpoints of this run under the same numbers (`CheckpointError`).
         """
         source = self._source.read().registry
-        if not source.checkpoints:
-            return ()
         if not self._target.is_open:
+            if not source.checkpoints:
+                return Backlog((), frozenset(), 0)
             self._target.expect_run(source.run_id)
             self._target.open_for_writing()
         self._target.finish_recording()
         self._target.delete_pending()
         self._check_same(source.checkpoints)
         self._take_pins(source.checkpoints)
-        last = self._target.own_registry.last_sequence
-        return [info for info in source.checkpoints if (info.sequence or 0) > last and not info.damaged]
+        return backlog_of(source, self._target.own_registry, self._target.retention, without)
 
     def find(self, sequence: int) -> CheckpointInfo | None:
         """What the replica has under this number, as of the last look; None if nothing."""
@@ -70,9 +62,9 @@ class Replica:
                 )
 
     def _take_pins(self, infos: Sequence[CheckpointInfo]) -> None:
-        """Pin what is pinned, and unpin what no longer is; what was pinned in the replica itself stays so."""
+        """Also unpin what has been unpinned, and dropped, since the last look."""
         pinned = frozenset(info.sequence for info in infos if info.pinned and info.sequence is not None)
-        self._target.change_pins(pinned, self._pinned - pinned)
+        self._target.follow_pins(infos, self._pinned - pinned)
         self._pinned = pinned
 
     def copy(self, info: CheckpointInfo) -> CheckpointInfo | None:
@@ -82,16 +74,21 @@ class Replica:
         damaged, `NameTakenError` if another file has its name in the replica, `CheckpointNotFoundError` if it goes just
         now, and OSError.
         """
+        path = self._source.path_of(str(info.filepath))
+        return read_anew(path, lambda: self._copy(info, path))
+
+    def _copy(self, info: CheckpointInfo, path: str) -> CheckpointInfo | None:
         name = str(info.filepath)
-        path = self._source.path_of(name)
-        description = describe_file(self._storage, path)
+        storage = self._source.storage
+        description = describe_file(storage, path)
         if description is None or description.info.sequence != info.sequence:
             return None
-        with open_checkpoint(self._storage, path, follow_links=False) as reader:
+        with open_checkpoint(storage, path, follow_links=False) as reader:
             plain = replace(info, is_best=False, protected=False, num_bytes=reader.num_bytes)
             listing = Listing(self._target, plain, self._target.own_registry.run_id)
             replaced = self._target.replaceable(name)
-            with transferred(self._storage, reader, path, self._target.path_of(name), replaced, _unheard) as upload:
+            there = self._target.path_of(name)
+            with transferred(self._target.storage, reader, path, there, replaced, _unheard) as upload:
                 copied = self._target.record(listing, upload.commit)
         self._target.delete_pending()
         return self._target.locate(copied)

@@ -18,7 +18,8 @@ class SaveHandle(Future[CheckpointInfo]):
     It is running from the start, so `cancel()` does nothing and nobody's time-out can cancel a save. When it resolves,
     the checkpoint survives power loss. Thread-safe. Callbacks added to it run on the saver's callback thread, never on
     a worker. A save skipped for lack of room is a settled handle with `skipped` true, whose result is None.
-    `mirrored` is a second future, of the checkpoint in the manager's mirror; None where there is none.
+    `mirrored` is a second future, of the checkpoint in the manager's mirror, whose result is None if it was not brought
+    there, since the mirror's retention would have deleted it at once. Without a mirror it is None itself.
     """
 
     def __init__(self, path: str, run_callback: Callable[[Callable[[], object]], None]) -> None:
@@ -28,7 +29,7 @@ class SaveHandle(Future[CheckpointInfo]):
         self.timings = Timings()
         self.looked_at = False
         self.is_submitted = False  # a worker will settle it
-        self.mirrored: Future[CheckpointInfo] | None = None
+        self.mirrored: Future[CheckpointInfo | None] | None = None
         self._submitted = time.perf_counter()
         self._staged = Latch()
         self._over = Latch()

@@ -16,6 +16,7 @@ from asyncckpt.errors import CheckpointError, CheckpointWriteError, CorruptCheck
 from asyncckpt.events import EventKind
 from asyncckpt.paths import as_path
 from asyncckpt.records import CheckpointInfo
+from asyncckpt.registry.backlog import Mirrored
 from asyncckpt.registry.directory import WriterState
 from asyncckpt.registry.retention import PlainPolicy
 
@@ -73,7 +74,7 @@ class PlannedListing(msgspec.Struct, frozen=True):
     run_id: str
     is_certain: bool
     damaged: list[int]
-    mirrored: int | None
+    mirrored: Mirrored | None
 
 
 class Submit(Message, frozen=True):
@@ -192,7 +193,8 @@ class SetupMirror(Message, frozen=True):
     mode: str
     lock_timeout_secs: float
     nice: int
-    storage_options: dict[str, Any]
+    source_options: dict[str, Any]
+    target_options: dict[str, Any]
     journals: str | None
 
 
@@ -214,6 +216,12 @@ class Copied(Message, frozen=True):
     info: CheckpointInfo
 
 
+class PassedOver(Message, frozen=True):
+    """A checkpoint is not brought to the mirror, whose retention would delete it at once."""
+
+    sequence: int
+
+
 class GivenUp(Message, frozen=True):
     """A checkpoint will never be in the mirror."""
 
@@ -224,14 +232,14 @@ class GivenUp(Message, frozen=True):
 class Progress(Message, frozen=True):
     """How far the mirror is: see `Listener.progress`."""
 
-    mirrored: int
+    mirrored: Mirrored
     problem: PlainError | None
     caught_up_with: int
     tried: int
 
 
 ToMirror = SetupMirror | Poke | Finish | Farewell
-FromMirror = Copied | GivenUp | Progress | Happened | Logged
+FromMirror = Copied | PassedOver | GivenUp | Progress | Happened | Logged
 
 
 # --- as bytes ---

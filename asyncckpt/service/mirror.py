@@ -17,10 +17,22 @@ from concurrent.futures import Future
 
 from asyncckpt.errors import CheckpointError
 from asyncckpt.records import CheckpointInfo
+from asyncckpt.registry.backlog import Mirrored
 from asyncckpt.registry.retention import RetentionPolicy, to_plain
 from asyncckpt.service import exit, messages
 from asyncckpt.service.handle import SaveHandle
-from asyncckpt.service.messages import Copied, Farewell, Finish, GivenUp, Happened, Logged, Poke, Progress, SetupMirror
+from asyncckpt.service.messages import (
+    Copied,
+    Farewell,
+    Finish,
+    GivenUp,
+    Happened,
+    Logged,
+    PassedOver,
+    Poke,
+    Progress,
+    SetupMirror,
+)
 from asyncckpt.service.queue import Emit
 from asyncckpt.service.replicator import Replicator, make_replicator
 from asyncckpt.service.writer_process import MIRROR_MODULE, WriterProcess, why_not
@@ -58,11 +70,16 @@ class Mirror:
 
     @classmethod
     def in_thread(
-        cls, setup: SetupMirror, retention: RetentionPolicy, storage: Storage, emit: Emit, exit_timeout_secs: float
+        cls,
+        setup: SetupMirror,
+        retention: RetentionPolicy,
+        storages: tuple[Storage, Storage],
+        emit: Emit,
+        exit_timeout_secs: float,
     ) -> Mirror:
         """Copied to by a thread of this process."""
         standing = Standing(emit)
-        replicator = make_replicator(setup, storage, retention, standing, nice=setup.nice)
+        replicator = make_replicator(setup, storages, retention, standing, nice=setup.nice)
         return cls(standing, ThreadCopier(replicator, standing), exit_timeout_secs)
 
     @classmethod
@@ -76,13 +93,16 @@ class Mirror:
         cls,
         setup: SetupMirror,
         retention: RetentionPolicy,
-        storage: Storage,
+        storages: tuple[Storage, Storage],
         emit: Emit,
         *,
         in_process: bool,
         exit_timeout_secs: float,
     ) -> Mirror:
-        """Copied to by a process, if it is wanted and can be had; else by a thread, with a word in the log."""
+        """Copied to by a process, if it is wanted and can be had; else by a thread, with a word in the log.
+
+        `storages` are those of the source and of the mirror.
+        """
         if in_process:
             reason = why_not()
             if to_plain(retention) is None:
@@ -93,12 +113,11 @@ class Mirror:
             except OSError as error:
                 reason = f"the mirror's process can't be started: {error}"
             log_quietly(logging.WARNING, f"{reason}: a thread copies to the mirror, and does not outlive the trainer")
-        return cls.in_thread(setup, retention, storage, emit, exit_timeout_secs)
+        return cls.in_thread(setup, retention, storages, emit, exit_timeout_secs)
 
     @property
-    def mirrored(self) -> int:
-        """Up to which sequence number everything has arrived, or will never arrive (it was dropped before); 0 as long
-        as that is not known."""
+    def mirrored(self) -> Mirrored:
+        """How far it has come, as was heard last."""
         return self._standing.mirrored
 
     @property
@@ -106,8 +125,9 @@ class Mirror:
         """What keeps the mirror behind at the moment."""
         return self._standing.problem
 
-    def expect(self, sequence: int) -> Future[CheckpointInfo]:
-        """What becomes of a checkpoint that is about to be saved: its place in the mirror, or why it never got there.
+    def expect(self, sequence: int) -> Future[CheckpointInfo | None]:
+        """What becomes of a checkpoint that is about to be saved: its place in the mirror, or why it never got there;
+        None if it was passed over.
 
         Before it is submitted, since it may be there at once.
         """
@@ -214,17 +234,17 @@ class Standing:
 
     def __init__(self, emit: Emit) -> None:
         self.emit = emit
-        self.mirrored = 0
+        self.mirrored = Mirrored()
         self.problem: Exception | None = None
         self.numbers = itertools.count(1)  # of pokes; its `next` is one act, whatever signals come
         self._caught_up_with = 0
         self._tried = 0
-        self._futures: dict[int, Future[CheckpointInfo]] = {}
+        self._futures: dict[int, Future[CheckpointInfo | None]] = {}
         self._failures: dict[int, BaseException] = {}  # of local saves, whose futures don't know it yet
         self._losses: list[Exception] = []
 
-    def expect(self, sequence: int) -> Future[CheckpointInfo]:
-        future: Future[CheckpointInfo] = Future()
+    def expect(self, sequence: int) -> Future[CheckpointInfo | None]:
+        future: Future[CheckpointInfo | None] = Future()
         future.set_running_or_notify_cancel()
         self._futures[sequence] = future
         return future
@@ -268,14 +288,18 @@ class Standing:
         if (future := self._futures.pop(sequence, None)) is not None:
             future.set_result(info)
 
+    def passed_over(self, sequence: int) -> None:
+        if (future := self._futures.pop(sequence, None)) is not None:
+            future.set_result(None)
+
     def given_up(self, sequence: int, error: Exception) -> None:
         log_quietly(logging.ERROR, str(error))
         self._losses.append(error)
         self._fail(sequence, error)
 
-    def progress(self, mirrored: int, problem: Exception | None, caught_up_with: int, tried: int) -> None:
+    def progress(self, mirrored: Mirrored, problem: Exception | None, caught_up_with: int, tried: int) -> None:
         self.mirrored, self.problem = mirrored, problem
-        for sequence in [sequence for sequence in list(self._futures) if sequence <= mirrored]:
+        for sequence in [sequence for sequence in list(self._futures) if not mirrored.awaits(sequence)]:
             self.tell_failed(sequence)
             if sequence in self._futures:
                 self.given_up(sequence, CheckpointError(f"commit {sequence} was dropped before it was mirrored"))
@@ -422,6 +446,8 @@ class ProcessCopier:
         standing = self._standing
         if isinstance(message, Copied):
             standing.copied(message.sequence, message.info)
+        elif isinstance(message, PassedOver):
+            standing.passed_over(message.sequence)
         elif isinstance(message, GivenUp):
             standing.given_up(message.sequence, messages.rebuild_error(message.error))
         elif isinstance(message, Progress):

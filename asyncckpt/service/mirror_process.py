@@ -11,10 +11,22 @@ import select
 
 from asyncckpt.events import EventKind
 from asyncckpt.records import CheckpointInfo
+from asyncckpt.registry.backlog import Mirrored
 from asyncckpt.registry.retention import from_plain
 from asyncckpt.service import messages
 from asyncckpt.service.connection import Connection
-from asyncckpt.service.messages import Copied, Farewell, Finish, GivenUp, Happened, Message, Poke, Progress, SetupMirror
+from asyncckpt.service.messages import (
+    Copied,
+    Farewell,
+    Finish,
+    GivenUp,
+    Happened,
+    Message,
+    PassedOver,
+    Poke,
+    Progress,
+    SetupMirror,
+)
 from asyncckpt.service.replicator import Replicator, make_replicator
 from asyncckpt.service.writer import Forwarder, run_process, step_back
 from asyncckpt.storage.places import Places
@@ -80,8 +92,9 @@ class MirrorProcess:
     def _take(self, message: messages.ToMirror) -> None:
         if isinstance(message, SetupMirror):
             step_back(message.nice)
-            storage = Places(message.storage_options, message.journals)
-            self._replicator = make_replicator(message, storage, from_plain(message.retention), self, nice=0)
+            places = [Places(options, message.journals) for options in (message.source_options, message.target_options)]
+            retention = from_plain(message.retention)
+            self._replicator = make_replicator(message, (places[0], places[1]), retention, self, nice=0)
         elif isinstance(message, Poke):
             assert self._replicator is not None, "the trainer's first message is SetupMirror"
             self._replicator.poke(message.number, is_hurried=message.is_hurried)
@@ -100,12 +113,15 @@ class MirrorProcess:
         if self._is_orphan:
             logger.info("%s is mirrored", info.filepath)
 
+    def passed_over(self, sequence: int) -> None:
+        self.send(PassedOver(sequence))
+
     def given_up(self, sequence: int, error: Exception) -> None:
         self.send(GivenUp(sequence, messages.describe_error(error)))
         if self._is_orphan:
             logger.error("%s", error)
 
-    def progress(self, mirrored: int, problem: Exception | None, caught_up_with: int, tried: int) -> None:
+    def progress(self, mirrored: Mirrored, problem: Exception | None, caught_up_with: int, tried: int) -> None:
         plain = messages.describe_error(problem) if problem is not None else None
         self.send(Progress(mirrored, plain, caught_up_with, tried))
 

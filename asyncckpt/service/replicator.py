@@ -11,11 +11,13 @@ import os
 import queue
 import threading
 import time
+from collections import Counter
 from typing import Protocol
 
 from asyncckpt.errors import CheckpointError, CorruptCheckpointError
 from asyncckpt.events import EventKind
 from asyncckpt.records import CheckpointInfo
+from asyncckpt.registry.backlog import Backlog, Mirrored
 from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.registry.files import NameTakenError
 from asyncckpt.registry.mirror_note import NoteWriter
@@ -28,6 +30,7 @@ from asyncckpt.threads import log_quietly, lower_priority
 _FIRST_PAUSE_SECS = 1.0
 _MAX_PAUSE_SECS = 60.0
 _POLL_SECS = 0.02
+_MAX_COPIES = 3  # of one checkpoint: a policy that wants what it drops at once would have it copied for ever
 
 
 class Listener(Protocol):
@@ -38,13 +41,17 @@ class Listener(Protocol):
     def copied(self, sequence: int, info: CheckpointInfo) -> None:
         """It is in the mirror, durable and listed."""
 
+    def passed_over(self, sequence: int) -> None:
+        """It is not brought there, since the mirror's retention would delete it at once."""
+
     def given_up(self, sequence: int, error: Exception) -> None:
         """It will never be there."""
 
-    def progress(self, mirrored: int, problem: Exception | None, caught_up_with: int, tried: int) -> None:
-        """Everything up to `mirrored` is settled, and all that there was at that poke; what keeps the rest waiting.
+    def progress(self, mirrored: Mirrored, problem: Exception | None, caught_up_with: int, tried: int) -> None:
+        """How far the mirror is, and what keeps the rest waiting.
 
-        `tried` is the last poke after which something was tried, with success or not.
+        All is settled that there was at the poke `caught_up_with`; `tried` is the last poke after which something was
+        tried, with success or not.
         """
 
     def ended(self) -> None:
@@ -64,13 +71,16 @@ class Replicator:
         self._taken_poke = 0
         self._caught_up_with = 0
         self._tried = 0
-        self._mirrored = 0
+        self._mirrored = Mirrored()
         self._problem: Exception | None = None
         self._is_stopped = False
         self._is_hurried = False
         self._is_finishing = False
         self._given_up: set[int] = set()
-        self._doubtful: int | None = None  # the number of what was being copied last, until that is known to be there
+        self._passed_over: frozenset[int] = frozenset()
+        self._num_copies: Counter[int] = Counter()
+        self._failures: Counter[int] = Counter()  # of what could not be copied so far
+        self._took_newest = False
         self._thread = threading.Thread(target=self._run, name="asyncckpt-replicator", daemon=True)
         self._thread.start()
 
@@ -106,17 +116,13 @@ class Replicator:
         lower_priority(self._nice)
         pause = 0.0
         while self._await_poke(pause):
+            num_copies = self._num_copies.total()
             try:
                 if self._catch_up():
                     pause, self._problem, self._caught_up_with = 0.0, None, self._taken_poke
-            except (OSError, CheckpointError) as error:
-                pause = _next_pause(pause)
+            except Exception as error:
+                pause = _next_pause(pause if self._num_copies.total() == num_copies else 0.0)
                 self._note_problem(error)
-            except Exception as error:  # a policy of the user's, a mistake of ours: whoever waits must hear of it
-                pause = _next_pause(pause)
-                problem = CheckpointError(f"{type(error).__name__}: {error}")
-                problem.__cause__ = error
-                self._note_problem(problem)
             self._tried = self._taken_poke
             self._tell_progress()
             if self._is_finishing and self._tried >= self._newest_poke:
@@ -140,49 +146,76 @@ class Replicator:
         return not self._is_stopped
 
     def _catch_up(self) -> bool:
-        """Copy what is lacking; False if it was stopped before."""
-        lacking = [info for info in self._replica.lacking() if info.sequence not in self._given_up]
-        self._settle_doubtful()
-        self._note_mirrored(lacking)
-        for number, info in enumerate(lacking):
+        """Copy until all is there that is lacking now; False if it was stopped before.
+
+        Training goes on, so that after each copy what is lacking then is looked up.
+        """
+        backlog = self._look()
+        goal = backlog.mirrored.lacking
+        while not goal.isdisjoint(backlog.mirrored.lacking):
             if self._is_stopped:
                 return False
-            self._copy(info)
-            self._note_mirrored(lacking[number + 1 :])
+            self._copy(self._choose(backlog))
+            backlog = self._look()
             self._tell_progress()
         return True
 
+    def _look(self) -> Backlog:
+        """What is to be copied now."""
+        copied_in_vain = {sequence for sequence, number in self._num_copies.items() if number >= _MAX_COPIES}
+        backlog = self._replica.look(without=self._given_up | copied_in_vain)
+        self._settle_doubtful()
+        for sequence in sorted(backlog.unwanted - self._passed_over):
+            self._listener.passed_over(sequence)
+        self._passed_over = backlog.unwanted
+        self._mirrored = backlog.mirrored
+        return backlog
+
+    def _choose(self, backlog: Backlog) -> CheckpointInfo:
+        """The newest of the run, which the loss of this machine would cost; but never twice in a row, and else the
+        oldest, which is to be deleted soonest. What could not be copied goes last, and holds up nothing else."""
+        fewest = min(self._failures[info.sequence or 0] for info in backlog.wanted)
+        promising = [info for info in backlog.wanted if self._failures[info.sequence or 0] == fewest]
+        is_newest_lacking = promising[-1].sequence == backlog.last
+        self._took_newest = is_newest_lacking and not self._took_newest
+        return promising[-1 if self._took_newest else 0]
+
     def _copy(self, info: CheckpointInfo) -> None:
         assert info.sequence is not None
-        self._doubtful = info.sequence
         try:
             copied = self._replica.copy(info)
         except (CorruptCheckpointError, NameTakenError) as error:
-            self._given_up.add(info.sequence)
-            self._listener.given_up(info.sequence, error)
-            return
-        if copied is None:
-            gone = CheckpointError(f"{info.filepath} was deleted before it was mirrored")
-            self._listener.given_up(info.sequence, gone)
-            return
-        self._tell_copied(copied)
+            self._give_up(info.sequence, error)
+        except Exception:
+            self._failures[info.sequence] += 1
+            raise
+        else:
+            if copied is not None:
+                self._note_copied(info.sequence, copied)
+            else:
+                self._give_up(info.sequence, CheckpointError(f"{info.filepath} was deleted before it was mirrored"))
 
-    def _settle_doubtful(self) -> None:
-        """What was being copied when it failed may have arrived all the same."""
-        if self._doubtful is not None and (copied := self._replica.find(self._doubtful)) is not None:
-            self._tell_copied(copied)
+    def _give_up(self, sequence: int, error: Exception) -> None:
+        self._given_up.add(sequence)
+        self._listener.given_up(sequence, error)
 
-    def _tell_copied(self, info: CheckpointInfo) -> None:
-        assert info.sequence is not None
-        self._doubtful = None
-        self._listener.copied(info.sequence, info)
+    def _note_copied(self, sequence: int, info: CheckpointInfo) -> None:
+        self._num_copies[sequence] += 1
+        self._failures.pop(sequence, None)
+        self._listener.copied(sequence, info)
         self._listener.emit("mirrored", str(info.filepath), "")
 
-    def _note_mirrored(self, lacking: list[CheckpointInfo]) -> None:
-        rest = [info.sequence for info in lacking if info.sequence is not None]
-        self._mirrored = min(rest) - 1 if rest else self._replica.last_sequence
+    def _settle_doubtful(self) -> None:
+        """What could not be copied, to all appearance, may have arrived all the same."""
+        for sequence in list(self._failures):
+            if (copied := self._replica.find(sequence)) is not None:
+                self._note_copied(sequence, copied)
 
     def _note_problem(self, error: Exception) -> None:
+        if not isinstance(error, OSError | CheckpointError):  # a policy of the user's, a mistake of ours
+            cause = error
+            error = CheckpointError(f"{type(cause).__name__}: {cause}")
+            error.__cause__ = cause
         if str(error) != str(self._problem):
             log_quietly(logging.WARNING, f"the mirror does not take anything at the moment: {error}; tried again")
             self._listener.emit("mirror_failed", "", str(error))
@@ -198,17 +231,17 @@ def _next_pause(pause: float) -> float:
 
 
 def make_replicator(
-    setup: SetupMirror, storage: Storage, retention: RetentionPolicy, listener: Listener, *, nice: int
+    setup: SetupMirror, storages: tuple[Storage, Storage], retention: RetentionPolicy, listener: Listener, *, nice: int
 ) -> Replicator:
-    """What a mirror's setup describes, but for what it can't always say."""
-    source = CheckpointDirectory(os.fsdecode(setup.source), storage)
+    """What a mirror's setup describes, but for what it can't always say: how to open the source, and the target."""
+    source = CheckpointDirectory(os.fsdecode(setup.source), storages[0])
     target = CheckpointDirectory(
         os.fsdecode(setup.target),
-        storage,
+        storages[1],
         retention=retention,
         metric=setup.metric,
         mode=setup.mode,
         lock_timeout_secs=setup.lock_timeout_secs,
     )
-    note = NoteWriter(storage, source.path, target.path)
-    return Replicator(Replica(source, storage, target), listener, note, nice=nice)
+    note = NoteWriter(source.storage, source.path, target.path)
+    return Replicator(Replica(source, target), listener, note, nice=nice)

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 _MAX_LOOKS = 10  # at a small file that somebody keeps replacing
 
@@ -279,6 +280,11 @@ class Storage(ABC):
     def is_shared(self, directory: str) -> bool:
         """Whether another process, given the same options, finds the same files there. Asks nobody."""
         return True
+
+    @property
+    def plain_options(self) -> dict[str, Any]:
+        """The options as another process can be told them; none at all, if some are no plain data."""
+        return {}
 
     def device(self, directory: str) -> int | None:
         """Which file system the directory is on, or would be made on; None where there is no such thing. Blocks."""

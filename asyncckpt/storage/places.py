@@ -134,7 +134,6 @@ class Places(Storage):
 
     @property
     def plain_options(self) -> dict[str, Any]:
-        """The options as another process can be told them; none at all, if some are no plain data."""
         try:
             plain: dict[str, Any] = msgspec.msgpack.decode(msgspec.msgpack.encode(self.options))
         except (TypeError, ValueError, OverflowError, RecursionError):

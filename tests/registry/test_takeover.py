@@ -16,6 +16,7 @@ from storage.s3_server import S3Server
 
 from asyncckpt import AsyncCheckpointSaver, CheckpointError, CheckpointInfo, CheckpointWriteError, KeepLast
 from asyncckpt.naming import ALIVE_NAME, BEST_NAME, REGISTRY_NAME, checkpoint_name, is_temporary_name
+from asyncckpt.registry.backlog import Mirrored
 from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.registry.files import NameTakenError
 from asyncckpt.registry.recovery import survey
@@ -285,7 +286,7 @@ class TestReplica:
 
     @staticmethod
     def catch_up(replica: Replica) -> list[int | None]:
-        copied = [replica.copy(info) for info in replica.lacking()]
+        copied = [replica.copy(info) for info in replica.look(without=()).wanted]
         return [info.global_step for info in copied if info is not None]
 
     def test_somebodys_file_is_left_alone(self, source: Writer, target: CheckpointDirectory) -> None:
@@ -293,14 +294,14 @@ class TestReplica:
         theirs.parent.mkdir()
         theirs.write_bytes(b"somebody's own")
         source.save(1)
-        replica = Replica(source.directory, LocalStorage(), target)
+        replica = Replica(source.directory, target)
         with pytest.raises(NameTakenError):
             self.catch_up(replica)
         assert theirs.read_bytes() == b"somebody's own"
 
     def test_a_pinned_one_is_left_alone(self, source: Writer, target: CheckpointDirectory) -> None:
         """Saved again under the same name."""
-        replica = Replica(source.directory, LocalStorage(), target)
+        replica = Replica(source.directory, target)
         source.save(1)
         assert self.catch_up(replica) == [1]
         target.pin(1)
@@ -312,7 +313,7 @@ class TestReplica:
 
     def test_pins_are_added_up(self, source: Writer, target: CheckpointDirectory) -> None:
         """What was pinned in the replica stays so; what was pinned in the source is as long as it is there."""
-        replica = Replica(source.directory, LocalStorage(), target)
+        replica = Replica(source.directory, target)
         for step in (1, 2, 3):
             source.save(step)
         source.directory.pin(1)
@@ -326,7 +327,7 @@ class TestReplica:
 
     def test_another_trainers_numbers(self, source: Writer, target: CheckpointDirectory, tmp_path: Path) -> None:
         """Both went on from the same checkpoint: nothing is taken for mirrored that is not."""
-        replica = Replica(source.directory, LocalStorage(), target)
+        replica = Replica(source.directory, target)
         source.save(1)
         self.catch_up(replica)
         other = Writer(LocalStorage(), str(tmp_path / "other"), tmp_path / "scratch")
@@ -338,14 +339,14 @@ class TestReplica:
         self.catch_up(replica)
         target.close()
         with pytest.raises(CheckpointError, match="another trainer went on"):
-            self.catch_up(Replica(other.directory, LocalStorage(), target))
+            self.catch_up(Replica(other.directory, target))
         other.close()
 
     def test_an_old_directory_that_came_back(self, source: Writer, target: CheckpointDirectory) -> None:
         """Once it is known how far the mirror is, no number is given twice."""
-        replica = Replica(source.directory, LocalStorage(), target)
+        replica = Replica(source.directory, target)
         source.save(1)
-        source.directory.mirrored = 7
+        source.directory.mirrored = Mirrored(7)
         source.save(2)
         source.save(3)
         assert [info.sequence for info in source.directory.own_registry.checkpoints] == [1, 8, 9]
@@ -357,8 +358,8 @@ class TestReplica:
         """Is written before anything counts as mirrored; and the checkpoint is found to be there."""
         source.save(1)
         storage = LocalStorage()
-        replica = Replica(source.directory, storage, target)
-        begin = target._storage.begin
+        replica = Replica(source.directory, target)
+        begin = target.storage.begin
 
         def fail(path: str, num_bytes: int, *, expected: str | None = None) -> Upload:
             upload = begin(path, num_bytes, expected=expected)
@@ -371,7 +372,7 @@ class TestReplica:
             return upload
 
         with monkeypatch.context() as patch:
-            patch.setattr(target._storage, "begin", fail)
+            patch.setattr(target.storage, "begin", fail)
             with pytest.raises(OSError, match="not now"):
                 self.catch_up(replica)
         assert survey(storage, target.path).recorded is None
@@ -388,7 +389,7 @@ def test_a_full_disk_takes_from_what_waits_for_the_mirror(tmp_path: Path, caplog
     """Never from what retention keeps."""
     writer = Writer(LocalStorage(), str(tmp_path / "run"), tmp_path)
     writer.directory.retention = KeepLast(2)
-    writer.directory.mirrored, writer.directory.mirror_backlog_bytes = 0, 1 << 40
+    writer.directory.mirrored, writer.directory.mirror_backlog_bytes = Mirrored(), 1 << 40
     for step in range(1, 6):
         writer.save(step)
     assert writer.steps == [1, 2, 3, 4, 5]

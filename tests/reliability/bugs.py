@@ -206,7 +206,7 @@ _create_temporary = temporary.create_temporary
 
 
 def reading_sweeps(directory: CheckpointDirectory) -> object:
-    directory._storage.sweep(directory.path)
+    directory.storage.sweep(directory.path)
     return _read(directory)
 
 

@@ -198,9 +198,9 @@ def mirrored(chance: random.Random) -> Recording:
 
 
 def save_mirrored(recorder: Recorder, manager: CheckpointManager, number: int, loss: float | None, numel: int) -> None:
-    def note(mirrored: Future[CheckpointInfo]) -> None:
-        info = mirrored.result()
-        recorder.note(Acknowledged(number, os.path.relpath(info.filepath, recorder.base), info.sequence))
+    def note(mirrored: Future[CheckpointInfo | None]) -> None:
+        if (info := mirrored.result()) is not None:
+            recorder.note(Acknowledged(number, os.path.relpath(info.filepath, recorder.base), info.sequence))
 
     recorder.note(Submitted(number, loss))
     model = nn.ParameterList([nn.Parameter(torch.full((numel,), float(number)))])
