@@ -23,9 +23,10 @@ import asyncckpt
 from asyncckpt import CheckpointInfo, CheckpointManager, KeepLast, WaitTimeoutError, mirror_tier
 from asyncckpt.cli.listing import gather
 from asyncckpt.events import Event
+from asyncckpt.naming import REGISTRY_NAME
 from asyncckpt.registry.backlog import Mirrored
 from asyncckpt.registry.directory import CheckpointDirectory
-from asyncckpt.registry.mirror_note import NoteWriter
+from asyncckpt.registry.mirror_note import NoteWriter, read_note
 from asyncckpt.registry.recovery import Survey
 from asyncckpt.registry.retention import RetentionPolicy
 from asyncckpt.service import replicator
@@ -204,7 +205,7 @@ def test_pins_hold_in_the_mirror_too(make: Make, reader: CheckpointManager) -> N
 
 @only_to_a_directory
 def test_a_restart_catches_up(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
-    """What was saved without the mirror comes there with the next run that has one, the oldest first."""
+    """What was saved without the mirror comes there with the next run that has one."""
     alone = make(mirror=None, max_checkpoints=3)
     for step in (1, 2, 3):
         save(alone, step)
@@ -214,6 +215,116 @@ def test_a_restart_catches_up(make: Make, reader: CheckpointManager, tmp_path: P
     manager.wait(60, tier="mirror")
     assert steps(manager) == [1, 2, 3, 4]  # the first was not there yet
     assert steps(reader) == [2, 3, 4]
+
+
+def saved_without_mirror(make: Make, *steps: int) -> list[Path]:
+    """The files, in a directory whose mirror has nothing of them yet."""
+    alone = make(mirror=None, max_checkpoints=len(steps))
+    for step in steps:
+        save(alone, step)
+    alone.close(60)
+    return [info.filepath for info in alone.list_checkpoints()]
+
+
+def test_the_newest_comes_first(make: Make) -> None:
+    """It is what the loss of this machine would cost."""
+    saved_without_mirror(make, 1, 2, 3, 4)
+    order: list[str] = []
+    manager = make(
+        max_checkpoints=4, on_event=lambda event: order.append(event.path) if event.kind == "mirrored" else None
+    )
+    manager.wait(60, tier="mirror")
+    wait_for(lambda: len(order) == 4)
+    assert [name.rpartition("step")[2][:8] for name in order] == [f"{step:08}" for step in (4, 1, 2, 3)]
+
+
+@pytest.mark.parametrize("kind", ["to a directory", "to a directory, by a thread"])
+def test_one_that_cannot_be_copied_holds_up_no_other(
+    make: Make, reader: CheckpointManager, there: tuple[str, dict[str, Any]]
+) -> None:
+    files = saved_without_mirror(make, 1, 2, 3)
+    in_the_way = Path(there[0]) / files[0].name
+    in_the_way.mkdir(parents=True)
+    manager = make(max_checkpoints=3)
+    with pytest.raises(WaitTimeoutError, match=r"not have everything yet: .*[Ii]s a directory"):
+        manager.wait(2, tier="mirror")
+    wait_for(lambda: steps(reader) == [2, 3])
+    save(manager, 4)
+    wait_for(lambda: steps(reader) == [2, 3, 4])
+    manager.wait(60)
+    assert steps(manager) == [1, 2, 3, 4]  # the first is kept for it
+    in_the_way.rmdir()
+    save(manager, 5)
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [3, 4, 5]
+
+
+def test_what_the_mirror_has_lost_is_brought_again(make: Make, reader: CheckpointManager) -> None:
+    first = make(max_checkpoints=3)
+    for step in (1, 2, 3):
+        save(first, step)
+    first.close(60)
+    assert steps(reader) == [1, 2, 3]
+    reader.prune(KeepLast(1))
+    reader.close(60)
+    again = make(max_checkpoints=3)
+    again.wait(60, tier="mirror")
+    assert steps(reader) == [1, 2, 3]
+
+
+def test_unpinning_between_runs(make: Make, reader: CheckpointManager) -> None:
+    first = make(max_checkpoints=1)
+    save(first, 1)
+    first.wait(60)
+    first.pin(1)
+    save(first, 2)
+    first.close(60)
+    assert steps(reader) == [1, 2]
+    without = make(mirror=None, max_checkpoints=1)
+    without.unpin(1)
+    without.close(60)
+    manager = make(max_checkpoints=1)
+    manager.wait(60, tier="mirror")
+    save(manager, 3)
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [3]
+
+
+@pytest.mark.parametrize("has_loaded", [True, False])
+@only_by_processes
+def test_no_improvement_on_the_mirrors_best(make: Make, has_loaded: bool, tmp_path: Path) -> None:
+    """On an empty disk, which goes on from there."""
+    first = make(save_best_only=True)
+    save(first, 1, 0.2)
+    first.close(60)
+    shutil.rmtree(tmp_path / "here")
+    second = make(save_best_only=True)
+    if has_loaded:
+        second.load_latest(Filled())
+    assert second.save(Filled(2), None, 1, 2, val_loss=0.3) is None
+    assert second.save(Filled(3), None, 1, 3, val_loss=0.1) is not None
+
+
+@pytest.mark.parametrize("kind", ["to S3"])
+@pytest.mark.parametrize("writer", ["auto", "thread"])
+def test_each_place_has_its_options(there: tuple[str, dict[str, Any]], writer: WriterKind, tmp_path: Path) -> None:
+    """A directory mirrored to a bucket; and a bucket to another place, which its options would not open."""
+    url, options = there[0], there[1]["storage_options"]
+    wrong = {**options, "secret": "wrong"}
+    here, again = tmp_path / "here", f"{url}-again"
+    with CheckpointManager(
+        here, mirror=url, storage_options=wrong, mirror_storage_options=options, writer=writer
+    ) as manager:
+        save(manager, 1)
+        manager.wait(60, tier="mirror")
+    with CheckpointManager(
+        again, mirror=tmp_path / "far", storage_options=options, mirror_storage_options=wrong, writer=writer
+    ) as manager:
+        save(manager, 1)
+        manager.wait(60, tier="mirror")
+    for place in (url, str(tmp_path / "far")):
+        with CheckpointManager(place, storage_options=options) as reader:
+            assert steps(reader) == [1]
 
 
 def test_another_runs_mirror_is_left_alone(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
@@ -360,6 +471,22 @@ def test_the_note_brings_no_removed_directory_back(make: Make, tmp_path: Path) -
     shutil.rmtree(tmp_path / "here")
     note.tell(Mirrored(7), None)
     assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.parametrize(
+    ("mirrored", "told"),
+    [
+        (Mirrored(7), Mirrored(7)),
+        (Mirrored(7, frozenset({2, 5})), Mirrored(7, frozenset({2, 5}))),
+        (Mirrored(9000, frozenset(range(3, 9001, 2))), Mirrored(2)),  # too many to be told
+    ],
+)
+def test_the_note_tells_what_is_lacking(mirrored: Mirrored, told: Mirrored, tmp_path: Path) -> None:
+    (tmp_path / REGISTRY_NAME).touch()
+    NoteWriter(Places(), str(tmp_path), "s3://bucket/run").tell(mirrored, None)
+    note = read_note(Places(), str(tmp_path))
+    assert note is not None
+    assert note.standing == told
 
 
 @only_to_a_directory

@@ -98,8 +98,9 @@ def test_in_any_order(policies: list[RetentionPolicy], history: list[CheckpointI
         wanted = backlog_of(registry(history[:num_seen]), mirror, policy).wanted
         if not wanted and num_seen == len(history):
             break
-        if wanted and data.draw(st.booleans()):
-            mirror = mirror.with_checkpoint(data.draw(st.sampled_from(wanted)))
+        if data.draw(st.booleans()) and wanted:
+            chosen: CheckpointInfo = data.draw(st.sampled_from(wanted))
+            mirror = mirror.with_checkpoint(chosen)
             mirror = mirror.keeping(retained(policy, mirror.checkpoints))
             num_copies += 1
             assert num_copies < _MAX_COPIES

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import secrets
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -325,6 +327,27 @@ class TestReplica:
         self.catch_up(replica)
         assert [info.pinned for info in target.own_registry.checkpoints] == [False, True, False]
 
+    def test_a_crash_while_an_older_one_arrives(
+        self, source: Writer, target: CheckpointDirectory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The newest was there before. What was committed, and is not listed, does not stay as nobody's file."""
+        for step in (1, 2):
+            source.save(step)
+        replica = Replica(source.directory, target)
+        older, newest = replica.look(without=()).wanted
+        replica.copy(newest)
+        with refusing_registries(target, monkeypatch, num_taken=1), pytest.raises(OSError, match="not now"):
+            replica.copy(older)
+        assert (Path(target.path) / older.filepath).exists()
+        target.close()
+        found = survey(target.storage, target.path)
+        assert [info.global_step for info in found.registry.checkpoints] == [2]
+        assert not found.strangers
+        target.open_for_writing()
+        assert not (Path(target.path) / older.filepath).exists()
+        assert self.catch_up(replica) == [1]
+        assert [info.global_step for info in target.own_registry.checkpoints] == [1, 2]
+
     def test_another_trainers_numbers(self, source: Writer, target: CheckpointDirectory, tmp_path: Path) -> None:
         """Both went on from the same checkpoint: nothing is taken for mirrored that is not."""
         replica = Replica(source.directory, target)
@@ -359,22 +382,8 @@ class TestReplica:
         source.save(1)
         storage = LocalStorage()
         replica = Replica(source.directory, target)
-        begin = target.storage.begin
-
-        def fail(path: str, num_bytes: int, *, expected: str | None = None) -> Upload:
-            upload = begin(path, num_bytes, expected=expected)
-            if path.endswith(REGISTRY_NAME):
-
-                def refuse() -> None:
-                    raise OSError("not now")
-
-                monkeypatch.setattr(upload, "commit", refuse)
-            return upload
-
-        with monkeypatch.context() as patch:
-            patch.setattr(target.storage, "begin", fail)
-            with pytest.raises(OSError, match="not now"):
-                self.catch_up(replica)
+        with refusing_registries(target, monkeypatch, num_taken=0), pytest.raises(OSError, match="not now"):
+            self.catch_up(replica)
         assert survey(storage, target.path).recorded is None
         assert self.catch_up(replica) == []
         recorded = survey(storage, target.path).recorded
@@ -383,6 +392,28 @@ class TestReplica:
         found = replica.find(1)
         assert found is not None
         assert found.global_step == 1
+
+
+@contextmanager
+def refusing_registries(
+    directory: CheckpointDirectory, monkeypatch: pytest.MonkeyPatch, num_taken: int
+) -> Iterator[None]:
+    """After so many, no registry gets its name."""
+    begin = directory.storage.begin
+    taken = itertools.count(1)
+
+    def refuse() -> None:
+        raise OSError("not now")
+
+    def begin_in_vain(path: str, num_bytes: int, *, expected: str | None = None) -> Upload:
+        upload = begin(path, num_bytes, expected=expected)
+        if path.endswith(REGISTRY_NAME) and next(taken) > num_taken:
+            monkeypatch.setattr(upload, "commit", refuse)
+        return upload
+
+    with monkeypatch.context() as patch:
+        patch.setattr(directory.storage, "begin", begin_in_vain)
+        yield
 
 
 def test_a_full_disk_takes_from_what_waits_for_the_mirror(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
