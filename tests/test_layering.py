@@ -34,6 +34,8 @@ LAYERS = [
     "service.default copying",
     "service.saver",
     "service.process_queue",
+    "service.succession",
+    "service.handover service.obstacles",
     "service.mirror_process",
     "service.writer service.mirror",
     "service.replicator",
@@ -103,7 +105,8 @@ TORCH_FREE = {
     *(f"doctor.{name}" for name in ("finding", "child", "file_system", "destination", "machine", "process", "speed")),
     "doctor.examination",
     *(f"service.{name}" for name in ("queue", "worker", "watchdog", "handle", "admission", "order", "memory", "exit")),
-    *(f"service.{name}" for name in ("process_queue", "writer", "writer_process", "messages", "connection")),
+    *(f"service.{name}" for name in ("process_queue", "succession", "handover", "obstacles")),
+    *(f"service.{name}" for name in ("writer", "writer_process", "messages", "connection")),
 }
 
 

@@ -45,6 +45,7 @@ from asyncckpt import (
 )
 from asyncckpt.naming import is_temporary_name
 from asyncckpt.registry.retention import RetentionPolicy
+from asyncckpt.service.handover import Handover
 from asyncckpt.service.process_queue import ProcessQueue
 from asyncckpt.service.queue import SaveQueue
 from service.disk import Disk, wait_for
@@ -729,8 +730,8 @@ HAND_OVER = {
         SaveQueue.submit,
         ProcessQueue.submit,
         ProcessQueue._advance,
-        ProcessQueue._send,
-        ProcessQueue._send_image,
+        Handover.advance,
+        Handover._send_image,
     )
 }
 
