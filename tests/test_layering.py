@@ -33,6 +33,7 @@ LAYERS = [
     "distributed.ranks distributed.sharding",
     "service.default copying",
     "service.saver",
+    "service.options service.request",
     "service.process_queue",
     "service.succession",
     "service.handover service.obstacles",

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
-import re
 import secrets
 import tempfile
 import threading
@@ -15,90 +13,38 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from datetime import datetime, timezone
 from types import TracebackType
-from typing import Any, Literal, TypedDict, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 
-from asyncckpt.errors import CheckpointWriteError, SaverClosedError, UnsafeCheckpointError, WaitTimeoutError
+from asyncckpt.errors import CheckpointWriteError, SaverClosedError, WaitTimeoutError
 from asyncckpt.events import Event, EventKind
 from asyncckpt.image.file import file_path
-from asyncckpt.image.plan import Plan, find_unsafe, plan_state
-from asyncckpt.image.snapshot import SNAPSHOT_MODES, Snapshot, SnapshotMode, Snapshotter
+from asyncckpt.image.snapshot import Snapshot, SnapshotMode, Snapshotter
 from asyncckpt.image.staging import copy_threads
 from asyncckpt.image.streaming import window_bytes
 from asyncckpt.records import CheckpointInfo, Timings
 from asyncckpt.registry.directory import Listing
 from asyncckpt.service import exit
-from asyncckpt.service.admission import WHEN_FULL, Admission, Place, WhenFull
+from asyncckpt.service.admission import Admission, Place, WhenFull
 from asyncckpt.service.handle import SaveHandle
 from asyncckpt.service.memory import default_memory_limit
 from asyncckpt.service.messages import Setup
+from asyncckpt.service.options import WriterKind, check_options
 from asyncckpt.service.process_queue import ProcessQueue
 from asyncckpt.service.queue import Emit, SaveQueue, Submission
+from asyncckpt.service.request import Request, warn_of_streaming
 from asyncckpt.service.writer_process import why_not
 from asyncckpt.storage.places import Places
 from asyncckpt.threads import ThreadGroup, log_quietly
-from asyncckpt.version import __version__
 
 T = TypeVar("T")
-WriterKind = Literal["auto", "thread", "process"]
-WRITER_KINDS: tuple[str, ...] = get_args(WriterKind)
 
 logger = logging.getLogger("asyncckpt")
 
 _MAX_CALLBACK_SECS = 30.0  # at exit
 _LOOK_UP_SECS = 0.2
-
-_LARGE_ARRAYS_BYTES = 16 << 20
-
-
-class SaverOptions(TypedDict, total=False):
-    """The keyword arguments of `AsyncCheckpointSaver`, for those who pass them on."""
-
-    num_workers: int
-    snapshot: SnapshotMode
-    writer: WriterKind
-    max_in_flight: int
-    when_full: WhenFull
-    memory_limit: int | None
-    on_success: Callable[[CheckpointInfo], object] | None
-    on_failure: Callable[[SaveHandle, BaseException], object] | None
-    on_event: Callable[[Event], object] | None
-    retries: int
-    verify_after_save: bool
-    max_consecutive_failures: int
-    nice: int
-    stall_timeout_secs: float
-    exit_timeout_secs: float
-    exit_code: int | None
-    storage_options: Mapping[str, Any] | None
-
-
-@dataclass
-class _Request:
-    """What is to be saved, and where."""
-
-    state: object
-    path: str
-    optimizers: Sequence[Any] = ()
-    modules: Sequence[torch.nn.Module] = ()
-    metadata: Mapping[str, object] | None = None
-    listing: Listing | None = None
-    weights_only: bool = True
-
-    def describe(self) -> Mapping[str, object]:
-        """The JSON record inside the file."""
-        now = datetime.now(timezone.utc).isoformat(timespec="microseconds")
-        return {
-            "asyncckpt": __version__,
-            "name": os.path.basename(self.path).encode("utf-8", "backslashreplace").decode(),
-            "created": self.listing.info.timestamp if self.listing is not None else now,
-            "torch": str(torch.__version__),
-            "metadata": self.metadata or {},
-        }
 
 
 class AsyncCheckpointSaver:
@@ -153,20 +99,19 @@ class AsyncCheckpointSaver:
         exit_code: int | None = 74,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        _check_choice("snapshot", snapshot, SNAPSHOT_MODES)
-        _check_choice("writer", writer, WRITER_KINDS)
-        _check_choice("when_full", when_full, WHEN_FULL)
-        _check_at_least("num_workers", num_workers, 1)
-        _check_at_least("max_in_flight", max_in_flight, 1)
-        _check_at_least("retries", retries, 0)
-        _check_at_least("max_consecutive_failures", max_consecutive_failures, 1)
-        _check_at_least("nice", nice, 0)
-        if memory_limit is not None:
-            _check_at_least("memory_limit", memory_limit, 1)
-        if not 0 < stall_timeout_secs < math.inf:
-            raise ValueError(f"stall_timeout_secs must be a number of seconds above 0, not {stall_timeout_secs}")
-        if exit_timeout_secs < 0:
-            raise ValueError(f"exit_timeout_secs must be at least 0, not {exit_timeout_secs}")
+        check_options(
+            num_workers=num_workers,
+            snapshot=snapshot,
+            writer=writer,
+            max_in_flight=max_in_flight,
+            when_full=when_full,
+            memory_limit=memory_limit,
+            retries=retries,
+            max_consecutive_failures=max_consecutive_failures,
+            nice=nice,
+            stall_timeout_secs=stall_timeout_secs,
+            exit_timeout_secs=exit_timeout_secs,
+        )
         self.exit_code = exit_code
         self.nice = nice
         self.stall_timeout_secs = stall_timeout_secs
@@ -256,7 +201,7 @@ class AsyncCheckpointSaver:
             CheckpointWriteError: the last `max_consecutive_failures` saves failed.
             SaverClosedError: the saver is closed, or belongs to another process.
         """
-        return self._save(_Request(checkpoint, file_path(filepath), optimizers, modules, metadata))
+        return self._save(Request(checkpoint, file_path(filepath), optimizers, modules, metadata))
 
     def save_listed(
         self,
@@ -274,7 +219,7 @@ class AsyncCheckpointSaver:
         """
         directory, info = listing.directory, listing.info
         path, metadata = directory.path_of(str(info.filepath)), directory.describe(info)
-        return self._save(_Request(checkpoint, path, optimizers, modules, metadata, listing, weights_only))
+        return self._save(Request(checkpoint, path, optimizers, modules, metadata, listing, weights_only))
 
     def fail(self, path: str, error: BaseException) -> SaveHandle:
         """The manager's: a save that failed before it could begin; everybody hears of it as of any other."""
@@ -290,7 +235,7 @@ class AsyncCheckpointSaver:
         the GIL; call it while the data loads, or in a thread. Copies nothing, writes nothing.
         """
         self.check_usable()
-        plan = plan_state(state, _Request(state, "").describe())
+        plan = Request(state, "").plan(Timings())
         if plan.layout.num_bytes <= self._limit():
             self._snapshots.prepare(plan)
 
@@ -432,7 +377,7 @@ class AsyncCheckpointSaver:
 
     # --- what happens to one save, in order ---
 
-    def _save(self, request: _Request) -> SaveHandle:
+    def _save(self, request: Request) -> SaveHandle:
         started = time.perf_counter()
         self.check_usable()
         self._choose_writer(request.path)
@@ -443,7 +388,8 @@ class AsyncCheckpointSaver:
             place = self._admission.enter()
             if place is None:
                 return self._skip(handle)
-            plan = self._plan(request, handle.timings)
+            plan = request.plan(handle.timings)
+            request.check(plan)
             limit = self._limit()
             streaming = plan.layout.num_bytes > limit
             piece_bytes = self.storage.piece_bytes(request.path, plan.layout.num_bytes)
@@ -452,7 +398,7 @@ class AsyncCheckpointSaver:
                 place.leave()
                 return self._skip(handle)
             if streaming:
-                _warn_of_streaming(plan, limit)
+                warn_of_streaming(plan, limit)
                 snapshot = self._snapshots.stream(plan, window)
             else:
                 snapshot = self._snapshots.take(
@@ -491,19 +437,6 @@ class AsyncCheckpointSaver:
                 f"{path}: another process can't open this as this one does (by class or storage_options): threads "
                 "write it, and don't outlive the trainer",
             )
-
-    def _plan(self, request: _Request, timings: Timings) -> Plan:
-        started = time.perf_counter()
-        plan = plan_state(request.state, request.describe())
-        timings.plan_secs = time.perf_counter() - started
-        timings.num_bytes = plan.layout.num_bytes
-        _warn_of_arrays(plan)
-        unsafe = find_unsafe(request.state, plan)
-        if unsafe is not None and request.listing is None:
-            _warn_of_unsafe(*unsafe)
-        elif unsafe is not None and request.weights_only:
-            raise _unsafe_error(*unsafe)
-        return plan
 
     def _limit(self) -> int:
         with self._lock:
@@ -698,53 +631,3 @@ def _emitter(on_event: Callable[[Event], object] | None, callbacks: ThreadGroup)
 
 def _remaining(deadline: float | None) -> float | None:
     return None if deadline is None else max(0.0, deadline - time.monotonic())
-
-
-def _warn_of_arrays(plan: Plan) -> None:
-    if plan.array_bytes > _LARGE_ARRAYS_BYTES:
-        warnings.warn(
-            f"the state holds {plan.array_bytes:,} bytes of NumPy arrays, which torch's format pickles inline, slowly "
-            "and with several times their size in memory; torch.from_numpy makes tensors of them without a copy",
-            stacklevel=5,
-        )
-
-
-def _warn_of_unsafe(path: str, name: str) -> None:
-    warnings.warn(
-        f"{path} refers to {name}, so only a load with weights_only=False, which can run code, will open this "
-        "checkpoint; save plain data and state_dicts, or allow it by torch.serialization.add_safe_globals",
-        stacklevel=5,
-    )
-
-
-def _unsafe_error(path: str, name: str) -> UnsafeCheckpointError:
-    return UnsafeCheckpointError(
-        f"{_dotted(path)} refers to {name}, which a safe load would refuse, so nothing was saved; save plain data "
-        "(str(), vars(), a state_dict()) in its place, allow the class by torch.serialization.add_safe_globals, or "
-        "pass weights_only=False if every later load may run code"
-    )
-
-
-def _dotted(path: str) -> str:
-    """`state['config']['optimizer_cls']` as people say it: `config.optimizer_cls`."""
-    return re.sub(r"\['([A-Za-z_]\w*)'\]", r".\1", path).replace("state.", "", 1)
-
-
-def _warn_of_streaming(plan: Plan, limit: int) -> None:
-    warnings.warn(
-        f"the state's image ({plan.layout.num_bytes:,} bytes) is over memory_limit ({limit:,} bytes): it is written in "
-        "pieces, and save() blocks until it is durable",
-        stacklevel=4,
-    )
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value}")
