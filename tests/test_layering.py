@@ -45,6 +45,7 @@ LAYERS = [
     "service.messages service.writer_process",
     "service.connection",
     "service.watchdog",
+    "service.ledger",
     "service.handle service.admission service.order service.memory service.exit",
     "registry.replication",
     "image.transfer",
@@ -106,7 +107,7 @@ TORCH_FREE = {
     *(f"doctor.{name}" for name in ("finding", "child", "file_system", "destination", "machine", "process", "speed")),
     "doctor.examination",
     *(f"service.{name}" for name in ("queue", "worker", "watchdog", "handle", "admission", "order", "memory", "exit")),
-    *(f"service.{name}" for name in ("process_queue", "succession", "handover", "obstacles")),
+    *(f"service.{name}" for name in ("process_queue", "succession", "handover", "obstacles", "ledger")),
     *(f"service.{name}" for name in ("writer", "writer_process", "messages", "connection")),
 }
 

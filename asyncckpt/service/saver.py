@@ -7,18 +7,18 @@ import logging
 import os
 import secrets
 import tempfile
-import threading
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 
-from asyncckpt.errors import CheckpointWriteError, SaverClosedError, WaitTimeoutError
+from asyncckpt.errors import SaverClosedError, WaitTimeoutError
 from asyncckpt.events import Event, EventKind
 from asyncckpt.image.file import file_path
 from asyncckpt.image.snapshot import Snapshot, SnapshotMode, Snapshotter
@@ -29,6 +29,7 @@ from asyncckpt.registry.directory import Listing
 from asyncckpt.service import exit
 from asyncckpt.service.admission import Admission, Place, WhenFull
 from asyncckpt.service.handle import SaveHandle
+from asyncckpt.service.ledger import Ledger
 from asyncckpt.service.memory import default_memory_limit
 from asyncckpt.service.messages import Setup
 from asyncckpt.service.options import WriterKind, check_options
@@ -119,18 +120,11 @@ class AsyncCheckpointSaver:
         self._on_success, self._on_failure = on_success, on_failure
         self._callbacks = ThreadGroup("callback", 1)
         self.emit = _emitter(on_event, self._callbacks)
-        self._max_consecutive_failures = max_consecutive_failures
         self.exit_timeout_secs = exit_timeout_secs
         self._exit_deadline: float | None = None
 
-        self._lock = threading.RLock()  # guards what follows; reentrant, since signal handlers may save
-        self._in_flight: dict[SaveHandle, None] = {}
-        self._when_idle: list[Callable[[], object]] = []
-        self._unseen_failures: list[SaveHandle] = []
-        self._num_consecutive_failures = 0
-        self._closed = False
         self._pid = os.getpid()
-
+        self._ledger = Ledger(max_consecutive_failures)
         self._admission = Admission(max_in_flight, when_full)
         self.writer = writer
         self.storage = Places(storage_options, _journals_directory())
@@ -249,19 +243,14 @@ class AsyncCheckpointSaver:
         self._check_owner()
         self.check_not_in_callback("wait")
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._lock:
-            handles = self._submitted()
+        handles = self._ledger.submitted()
         pending = [handle for handle in handles if not self._wait_over(handle, deadline)]
         if pending:
             raise WaitTimeoutError(
                 f"{len(pending)} of {len(handles)} saves are not durable yet: {pending[0].path}"
                 + (" and others" if len(pending) > 1 else "")
             )
-        self._raise_unseen_failures()
-
-    def _submitted(self) -> list[SaveHandle]:
-        """What is in flight, but for what an interrupted thread has still to submit: who waits would wait for ever."""
-        return [handle for handle in self._in_flight if handle.is_submitted]
+        self._ledger.raise_unseen()
 
     def _wait_over(self, handle: SaveHandle, deadline: float | None) -> bool:
         """Looks up now and then: what is left to the writer process is not waited for any more."""
@@ -279,8 +268,7 @@ class AsyncCheckpointSaver:
         if os.getpid() != self._pid:
             return
         self.check_not_in_callback("close")
-        with self._lock:
-            self._closed = True
+        self._ledger.close()
         deadline = None if timeout is None else time.monotonic() + timeout
         self._queue.hurry()
         try:
@@ -306,7 +294,7 @@ class AsyncCheckpointSaver:
         if self.writer == "auto" and isinstance(self._queue, SaveQueue):
             self.wait_idle()
             queue = _in_process(self._queue, self._setup, self.emit)
-            with self._lock:
+            with self._ledger.lock:
                 self._queue = queue
             self._finalizer.detach()
             self._finalizer = self._make_finalizer()
@@ -334,31 +322,25 @@ class AsyncCheckpointSaver:
             except BaseException as error:
                 outcome.set_exception(error)
             finally:
-                self._finish(handle)
+                self._ledger.finish(handle)
 
-        with self._lock:
-            if self._closed:
-                raise SaverClosedError("this saver is closed; make another one")
-            self._in_flight[handle] = None
+        def submit() -> None:
             self._queue.run(run, name, path)
             handle.is_submitted = True
+
+        if not self._ledger.enter(handle, submit):
+            raise SaverClosedError("this saver is closed; make another one")
         return outcome.result()
 
     def wait_idle(self, timeout: float | None = None) -> bool:
         """The manager's: wait until nothing is in flight, whatever became of it; False on time-out."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._lock:
-            handles = self._submitted()
+        handles = self._ledger.submitted()
         return all(handle.wait_over(_remaining(deadline)) for handle in handles)
 
     def call_when_idle(self, action: Callable[[], object]) -> bool:
         """The manager's: call `action` once nothing is in flight any more, at once if that is so: then True."""
-        with self._lock:
-            if self._submitted():
-                self._when_idle.append(action)
-                return False
-        action()
-        return True
+        return self._ledger.call_when_idle(action)
 
     def __enter__(self) -> AsyncCheckpointSaver:
         return self
@@ -408,12 +390,7 @@ class AsyncCheckpointSaver:
             self._submit(handle, snapshot, place, request.listing)
         except BaseException:
             if not handle.is_submitted:
-                with self._lock:
-                    self._in_flight.pop(handle, None)
-                if snapshot is not None:
-                    snapshot.release()
-                if place is not None:
-                    place.leave()
+                self._take_back(handle, snapshot, place)
             raise
         finally:
             if place is not None:
@@ -439,7 +416,7 @@ class AsyncCheckpointSaver:
             )
 
     def _limit(self) -> int:
-        with self._lock:
+        with self._ledger.lock:
             if self._memory_limit is None:
                 self._memory_limit = default_memory_limit()
             return self._memory_limit
@@ -449,17 +426,24 @@ class AsyncCheckpointSaver:
             handle,
             snapshot,
             settle=lambda info, error: self._settle(handle, place, info, error),
-            finish=lambda: self._finish(handle),
+            finish=lambda: self._ledger.finish(handle),
             listing=listing,
         )
-        with self._lock:
-            closed = self._closed
-            if not closed:
-                self.emit("submitted", handle.path, f"{handle.timings.num_bytes:,} bytes")
-                self._in_flight[handle] = None
-                self._queue.submit(submission)
-        if closed:
+        if not self._ledger.enter(handle, partial(self._start, submission)):
             raise SaverClosedError("the saver was closed while this save was being staged")
+
+    def _start(self, submission: Submission) -> None:
+        handle = submission.handle
+        self.emit("submitted", handle.path, f"{handle.timings.num_bytes:,} bytes")
+        self._queue.submit(submission)
+
+    def _take_back(self, handle: SaveHandle, snapshot: Snapshot | None, place: Place | None) -> None:
+        """It can't be submitted: what it has taken is there for others again."""
+        self._ledger.withdraw(handle)
+        if snapshot is not None:
+            snapshot.release()
+        if place is not None:
+            place.leave()
 
     def _staged(self, handle: SaveHandle) -> None:
         self._queue.staged(handle)
@@ -472,14 +456,7 @@ class AsyncCheckpointSaver:
         """On a worker, the image's memory being free again; so is the place, before anybody hears of it."""
         if place is not None:
             place.leave()
-        with self._lock:
-            self._unseen_failures = [failed for failed in self._unseen_failures if not failed.looked_at]
-            if error is None:
-                self._num_consecutive_failures = 0
-            else:
-                self._num_consecutive_failures += 1
-                self._unseen_failures.append(handle)
-            handle.settle(info, error)
+        self._ledger.settle(handle, info, error)
         if error is not None:
             log_quietly(logging.ERROR, str(error))
         if info is not None:
@@ -491,57 +468,24 @@ class AsyncCheckpointSaver:
             if (on_failure := self._on_failure) is not None:
                 self._callbacks.put(lambda: on_failure(handle, error))
 
-    def _finish(self, handle: SaveHandle) -> None:
-        """On a worker, when nothing is left to be done for the save."""
-        with self._lock:
-            handle.mark_over()
-            self._in_flight.pop(handle, None)
-            when_idle: list[Callable[[], object]] = []
-            if not self._submitted():
-                when_idle, self._when_idle = self._when_idle, []
-        for action in when_idle:
-            action()
-
     def _skip(self, handle: SaveHandle) -> SaveHandle:
         handle.skip()
         self.emit("skipped", handle.path, "no room in flight")
         return handle
-
-    def _raise_unseen_failures(self) -> None:
-        with self._lock:
-            unseen = [handle for handle in self._unseen_failures if not handle.looked_at]
-            self._unseen_failures.clear()
-        errors = [error for handle in unseen if (error := handle.exception()) is not None]
-        if len(errors) == 1:
-            raise errors[0]
-        if errors:
-            raise CheckpointWriteError(
-                f"{len(errors)} saves failed; the first: {errors[0]}", failures=errors
-            ) from errors[0]
 
     # --- guards ---
 
     def check_open(self) -> None:
         """Raise `SaverClosedError` if it is closed, or another process's."""
         self._check_owner()
-        with self._lock:
-            if self._closed:
-                raise SaverClosedError("this saver is closed; make another one")
+        self._ledger.check_open()
 
     def check_usable(self) -> None:
         """Raise what `save` would raise before it looks at anything."""
         self._check_owner()
         self.check_not_in_callback("save")
         self.check_open()
-        with self._lock:
-            if self._num_consecutive_failures >= self._max_consecutive_failures:
-                # One more is let through next time: the cause may be gone by then.
-                self._num_consecutive_failures = self._max_consecutive_failures - 1
-                last = self._unseen_failures[-1] if self._unseen_failures else None
-                raise CheckpointWriteError(
-                    f"the last {self._max_consecutive_failures} saves failed, so training goes on without checkpoints"
-                    + (f"; the last: {last.failure()}" if last is not None else "")
-                )
+        self._ledger.check_failures()
 
     def _check_owner(self) -> None:
         # Before any lock: at the time of the fork another thread may have held it.
