@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
-import tempfile
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -19,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from asyncckpt.errors import SaverClosedError, WaitTimeoutError
-from asyncckpt.events import Event, EventKind
+from asyncckpt.events import Event
 from asyncckpt.image.file import file_path
 from asyncckpt.image.snapshot import Snapshot, SnapshotMode, Snapshotter
 from asyncckpt.image.staging import copy_threads
@@ -28,15 +25,16 @@ from asyncckpt.records import CheckpointInfo, Timings
 from asyncckpt.registry.directory import Listing
 from asyncckpt.service import exit
 from asyncckpt.service.admission import Admission, Place, WhenFull
+from asyncckpt.service.callbacks import Callbacks
 from asyncckpt.service.handle import SaveHandle
 from asyncckpt.service.ledger import Ledger
 from asyncckpt.service.memory import default_memory_limit
 from asyncckpt.service.messages import Setup
 from asyncckpt.service.options import WriterKind, check_options
-from asyncckpt.service.process_queue import ProcessQueue
-from asyncckpt.service.queue import Emit, SaveQueue, Submission
+from asyncckpt.service.queue import SaveQueue, Submission
+from asyncckpt.service.queues import AnyQueue, in_process, in_threads
 from asyncckpt.service.request import Request, warn_of_streaming
-from asyncckpt.service.writer_process import why_not
+from asyncckpt.storage.journal import journals_directory
 from asyncckpt.storage.places import Places
 from asyncckpt.threads import ThreadGroup, log_quietly
 
@@ -114,51 +112,36 @@ class AsyncCheckpointSaver:
             exit_timeout_secs=exit_timeout_secs,
         )
         self.exit_code = exit_code
-        self.nice = nice
-        self.stall_timeout_secs = stall_timeout_secs
-        self._memory_limit = memory_limit
-        self._on_success, self._on_failure = on_success, on_failure
-        self._callbacks = ThreadGroup("callback", 1)
-        self.emit = _emitter(on_event, self._callbacks)
         self.exit_timeout_secs = exit_timeout_secs
         self._exit_deadline: float | None = None
-
+        self.nice = nice
+        self.stall_timeout_secs = stall_timeout_secs
+        self.writer = writer
+        self._has_told_of_threads = False
+        self._is_left = False  # to the writer process
+        self._memory_limit = memory_limit
         self._pid = os.getpid()
+
+        self._callbacks = Callbacks(on_success, on_failure, on_event)
+        self.emit = self._callbacks.emit
         self._ledger = Ledger(max_consecutive_failures)
         self._admission = Admission(max_in_flight, when_full)
-        self.writer = writer
-        self.storage = Places(storage_options, _journals_directory())
+        self.storage = storage = Places(storage_options, journals_directory())
         self._setup = Setup(
-            num_workers,
-            nice,
-            retries,
-            verify_after_save,
-            stall_timeout_secs,
-            self.storage.plain_options,
-            self.storage.journals,
+            num_workers, nice, retries, verify_after_save, stall_timeout_secs, storage.plain_options, storage.journals
         )
-        self._is_left = False  # to the writer process
-        self._has_told_of_threads = False
         with contextlib.ExitStack() as started:  # there may be no memory for one more thread
-            started.callback(self._callbacks.stop)
-            self._queue: SaveQueue | ProcessQueue = SaveQueue(
-                self.storage,
-                num_workers,
-                nice=nice,
-                retries=retries,
-                verify_after_save=verify_after_save,
-                stall_timeout_secs=stall_timeout_secs,
-                emit=self.emit,
-            )
+            started.callback(self._callbacks.thread.stop)
+            self._queue: AnyQueue = in_threads(storage, self._setup, self.emit)
             started.callback(lambda: self._queue.stop())  # whichever it is by then
             if writer == "process":
-                self._queue = _in_process(self._queue, self._setup, self.emit)
+                self._queue = in_process(self._queue, self._setup, self.emit)
             self._stagers = ThreadGroup("staging", 1)  # training may be waiting for these two: full priority
             started.callback(self._stagers.stop)
             self._copiers = copy_threads()
             started.pop_all()
         self._snapshots = Snapshotter(snapshot, max_in_flight, self._stagers, self._copiers)
-        self._thread_groups = (self._stagers, self._copiers, self._callbacks)
+        self._thread_groups = (self._stagers, self._copiers, self._callbacks.thread)
         self._finalizer = self._make_finalizer()
         exit.register(self)
 
@@ -217,7 +200,7 @@ class AsyncCheckpointSaver:
 
     def fail(self, path: str, error: BaseException) -> SaveHandle:
         """The manager's: a save that failed before it could begin; everybody hears of it as of any other."""
-        handle = SaveHandle(path, self._callbacks.put)
+        handle = SaveHandle(path, self._callbacks.thread.put)
         self._settle(handle, None, None, error)
         handle.mark_over()
         return handle
@@ -293,7 +276,7 @@ class AsyncCheckpointSaver:
         self.check_usable()
         if self.writer == "auto" and isinstance(self._queue, SaveQueue):
             self.wait_idle()
-            queue = _in_process(self._queue, self._setup, self.emit)
+            queue = in_process(self._queue, self._setup, self.emit)
             with self._ledger.lock:
                 self._queue = queue
             self._finalizer.detach()
@@ -314,7 +297,7 @@ class AsyncCheckpointSaver:
         """
         self._check_owner()
         outcome: Future[T] = Future()
-        handle = SaveHandle("other work", self._callbacks.put)  # so that it counts as in flight
+        handle = SaveHandle("other work", self._callbacks.thread.put)  # so that it counts as in flight
 
         def run() -> None:
             try:
@@ -363,7 +346,7 @@ class AsyncCheckpointSaver:
         started = time.perf_counter()
         self.check_usable()
         self._choose_writer(request.path)
-        handle = SaveHandle(request.path, self._callbacks.put)
+        handle = SaveHandle(request.path, self._callbacks.thread.put)
         place: Place | None = None
         snapshot: Snapshot | None = None
         try:
@@ -459,14 +442,7 @@ class AsyncCheckpointSaver:
         self._ledger.settle(handle, info, error)
         if error is not None:
             log_quietly(logging.ERROR, str(error))
-        if info is not None:
-            self.emit("committed", handle.path, "")
-            if (on_success := self._on_success) is not None:
-                self._callbacks.put(lambda: on_success(info))
-        elif error is not None:
-            self.emit("failed", handle.path, str(error))
-            if (on_failure := self._on_failure) is not None:
-                self._callbacks.put(lambda: on_failure(handle, error))
+        self._callbacks.tell_of(handle, info, error)
 
     def _skip(self, handle: SaveHandle) -> SaveHandle:
         handle.skip()
@@ -496,8 +472,7 @@ class AsyncCheckpointSaver:
 
     def check_not_in_callback(self, name: str) -> None:
         """Raise if this is the thread that runs callbacks."""
-        if self._callbacks.contains_current_thread():
-            raise RuntimeError(f"{name}() inside a callback would wait for itself; hand the work to another thread")
+        self._callbacks.check_not_inside(name)
 
     # --- for the exit module ---
 
@@ -521,7 +496,7 @@ class AsyncCheckpointSaver:
         finally:
             if final:
                 self._queue.leave()
-            self._callbacks.drain(min(_MAX_CALLBACK_SECS, _remaining(self._exit_deadline) or 0.0))
+            self._callbacks.thread.drain(min(_MAX_CALLBACK_SECS, _remaining(self._exit_deadline) or 0.0))
         return True
 
     def _make_finalizer(self) -> weakref.finalize[..., AsyncCheckpointSaver]:
@@ -533,44 +508,13 @@ class AsyncCheckpointSaver:
         self._finalizer.detach()
 
 
-def _journals_directory() -> str:
-    """Made by the first upload in parts, gone with the last; for the writer process that takes over from a dead one."""
-    return os.path.join(tempfile.gettempdir(), f"asyncckpt-uploads-{os.getpid()}-{secrets.token_hex(8)}")
-
-
-def _in_process(threads: SaveQueue, setup: Setup, emit: Emit) -> SaveQueue | ProcessQueue:
-    """A writer process's queue, or, where there can be none, the threads' own, with a warning."""
-    reason = why_not()
-    try:
-        if reason is None:
-            return ProcessQueue(threads, setup, emit)
-    except OSError as error:
-        reason = f"a writer process can't be started: {error}"
-    except BaseException:
-        threads.stop()
-        raise
-    warnings.warn(f"{reason}; threads write the checkpoints instead, and don't outlive the trainer", stacklevel=4)
-    return threads
-
-
-def _abandon(queue: SaveQueue | ProcessQueue, groups: Sequence[ThreadGroup], snapshots: Snapshotter, pid: int) -> None:
+def _abandon(queue: AnyQueue, groups: Sequence[ThreadGroup], snapshots: Snapshotter, pid: int) -> None:
     """A saver was dropped without `close()`: what is in flight still finishes, then everything is given back."""
     if os.getpid() == pid:
         queue.stop()
         for group in groups:
             group.stop()
         snapshots.close()
-
-
-def _emitter(on_event: Callable[[Event], object] | None, callbacks: ThreadGroup) -> Emit:
-    """Hands events to the callback's thread, without keeping the saver alive."""
-
-    def emit(kind: EventKind, path: str, detail: str) -> None:
-        if on_event is not None:
-            event = Event(kind, path, detail)
-            callbacks.put(lambda: on_event(event))
-
-    return emit
 
 
 def _remaining(deadline: float | None) -> float | None:

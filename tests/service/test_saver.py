@@ -536,7 +536,7 @@ def test_a_settled_handle_keeps_no_image(tmp_path: Path) -> None:
         with disk_broken():
             bad = saver.save(state(2), tmp_path / "a.pt")
             error = bad.exception()
-        saver._callbacks.drain(60)
+        saver._callbacks.thread.drain(60)
         gc.collect()
         from asyncckpt.image.checksum import StagedImage
 
