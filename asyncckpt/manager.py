@@ -50,7 +50,7 @@ from asyncckpt.threads import log_quietly
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from asyncckpt.service.saver import SaverOptions
+    from asyncckpt.service.options import SaverOptions
 
 T = TypeVar("T")
 

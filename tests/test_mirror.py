@@ -31,7 +31,7 @@ from asyncckpt.registry.recovery import Survey
 from asyncckpt.registry.retention import RetentionPolicy
 from asyncckpt.service import replicator
 from asyncckpt.service.mirror import ProcessCopier
-from asyncckpt.service.saver import WriterKind
+from asyncckpt.service.options import WriterKind
 from asyncckpt.storage.places import Places
 
 

@@ -4,101 +4,46 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
-import re
-import secrets
-import tempfile
-import threading
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from functools import partial
 from types import TracebackType
-from typing import Any, Literal, TypedDict, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 
-from asyncckpt.errors import CheckpointWriteError, SaverClosedError, UnsafeCheckpointError, WaitTimeoutError
-from asyncckpt.events import Event, EventKind
+from asyncckpt.errors import SaverClosedError, WaitTimeoutError
+from asyncckpt.events import Event
 from asyncckpt.image.file import file_path
-from asyncckpt.image.plan import Plan, find_unsafe, plan_state
-from asyncckpt.image.snapshot import SNAPSHOT_MODES, Snapshot, SnapshotMode, Snapshotter
+from asyncckpt.image.snapshot import Snapshot, SnapshotMode, Snapshotter
 from asyncckpt.image.staging import copy_threads
 from asyncckpt.image.streaming import window_bytes
 from asyncckpt.records import CheckpointInfo, Timings
 from asyncckpt.registry.directory import Listing
 from asyncckpt.service import exit
-from asyncckpt.service.admission import WHEN_FULL, Admission, Place, WhenFull
+from asyncckpt.service.admission import Admission, Place, WhenFull
+from asyncckpt.service.callbacks import Callbacks
 from asyncckpt.service.handle import SaveHandle
+from asyncckpt.service.ledger import Ledger
 from asyncckpt.service.memory import default_memory_limit
 from asyncckpt.service.messages import Setup
-from asyncckpt.service.process_queue import ProcessQueue
-from asyncckpt.service.queue import Emit, SaveQueue, Submission
-from asyncckpt.service.writer_process import why_not
+from asyncckpt.service.options import WriterKind, check_options
+from asyncckpt.service.queue import SaveQueue, Submission
+from asyncckpt.service.queues import AnyQueue, in_process, in_threads
+from asyncckpt.service.request import Request, warn_of_streaming
+from asyncckpt.storage.journal import journals_directory
 from asyncckpt.storage.places import Places
 from asyncckpt.threads import ThreadGroup, log_quietly
-from asyncckpt.version import __version__
 
 T = TypeVar("T")
-WriterKind = Literal["auto", "thread", "process"]
-WRITER_KINDS: tuple[str, ...] = get_args(WriterKind)
 
 logger = logging.getLogger("asyncckpt")
 
 _MAX_CALLBACK_SECS = 30.0  # at exit
 _LOOK_UP_SECS = 0.2
-
-_LARGE_ARRAYS_BYTES = 16 << 20
-
-
-class SaverOptions(TypedDict, total=False):
-    """The keyword arguments of `AsyncCheckpointSaver`, for those who pass them on."""
-
-    num_workers: int
-    snapshot: SnapshotMode
-    writer: WriterKind
-    max_in_flight: int
-    when_full: WhenFull
-    memory_limit: int | None
-    on_success: Callable[[CheckpointInfo], object] | None
-    on_failure: Callable[[SaveHandle, BaseException], object] | None
-    on_event: Callable[[Event], object] | None
-    retries: int
-    verify_after_save: bool
-    max_consecutive_failures: int
-    nice: int
-    stall_timeout_secs: float
-    exit_timeout_secs: float
-    exit_code: int | None
-    storage_options: Mapping[str, Any] | None
-
-
-@dataclass
-class _Request:
-    """What is to be saved, and where."""
-
-    state: object
-    path: str
-    optimizers: Sequence[Any] = ()
-    modules: Sequence[torch.nn.Module] = ()
-    metadata: Mapping[str, object] | None = None
-    listing: Listing | None = None
-    weights_only: bool = True
-
-    def describe(self) -> Mapping[str, object]:
-        """The JSON record inside the file."""
-        now = datetime.now(timezone.utc).isoformat(timespec="microseconds")
-        return {
-            "asyncckpt": __version__,
-            "name": os.path.basename(self.path).encode("utf-8", "backslashreplace").decode(),
-            "created": self.listing.info.timestamp if self.listing is not None else now,
-            "torch": str(torch.__version__),
-            "metadata": self.metadata or {},
-        }
 
 
 class AsyncCheckpointSaver:
@@ -153,73 +98,50 @@ class AsyncCheckpointSaver:
         exit_code: int | None = 74,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        _check_choice("snapshot", snapshot, SNAPSHOT_MODES)
-        _check_choice("writer", writer, WRITER_KINDS)
-        _check_choice("when_full", when_full, WHEN_FULL)
-        _check_at_least("num_workers", num_workers, 1)
-        _check_at_least("max_in_flight", max_in_flight, 1)
-        _check_at_least("retries", retries, 0)
-        _check_at_least("max_consecutive_failures", max_consecutive_failures, 1)
-        _check_at_least("nice", nice, 0)
-        if memory_limit is not None:
-            _check_at_least("memory_limit", memory_limit, 1)
-        if not 0 < stall_timeout_secs < math.inf:
-            raise ValueError(f"stall_timeout_secs must be a number of seconds above 0, not {stall_timeout_secs}")
-        if exit_timeout_secs < 0:
-            raise ValueError(f"exit_timeout_secs must be at least 0, not {exit_timeout_secs}")
+        check_options(
+            num_workers=num_workers,
+            snapshot=snapshot,
+            writer=writer,
+            max_in_flight=max_in_flight,
+            when_full=when_full,
+            memory_limit=memory_limit,
+            retries=retries,
+            max_consecutive_failures=max_consecutive_failures,
+            nice=nice,
+            stall_timeout_secs=stall_timeout_secs,
+            exit_timeout_secs=exit_timeout_secs,
+        )
         self.exit_code = exit_code
-        self.nice = nice
-        self.stall_timeout_secs = stall_timeout_secs
-        self._memory_limit = memory_limit
-        self._on_success, self._on_failure = on_success, on_failure
-        self._callbacks = ThreadGroup("callback", 1)
-        self.emit = _emitter(on_event, self._callbacks)
-        self._max_consecutive_failures = max_consecutive_failures
         self.exit_timeout_secs = exit_timeout_secs
         self._exit_deadline: float | None = None
-
-        self._lock = threading.RLock()  # guards what follows; reentrant, since signal handlers may save
-        self._in_flight: dict[SaveHandle, None] = {}
-        self._when_idle: list[Callable[[], object]] = []
-        self._unseen_failures: list[SaveHandle] = []
-        self._num_consecutive_failures = 0
-        self._closed = False
+        self.nice = nice
+        self.stall_timeout_secs = stall_timeout_secs
+        self.writer = writer
+        self._has_told_of_threads = False
+        self._is_left = False  # to the writer process
+        self._memory_limit = memory_limit
         self._pid = os.getpid()
 
+        self._callbacks = Callbacks(on_success, on_failure, on_event)
+        self.emit = self._callbacks.emit
+        self._ledger = Ledger(max_consecutive_failures)
         self._admission = Admission(max_in_flight, when_full)
-        self.writer = writer
-        self.storage = Places(storage_options, _journals_directory())
+        self.storage = storage = Places(storage_options, journals_directory())
         self._setup = Setup(
-            num_workers,
-            nice,
-            retries,
-            verify_after_save,
-            stall_timeout_secs,
-            self.storage.plain_options,
-            self.storage.journals,
+            num_workers, nice, retries, verify_after_save, stall_timeout_secs, storage.plain_options, storage.journals
         )
-        self._is_left = False  # to the writer process
-        self._has_told_of_threads = False
         with contextlib.ExitStack() as started:  # there may be no memory for one more thread
-            started.callback(self._callbacks.stop)
-            self._queue: SaveQueue | ProcessQueue = SaveQueue(
-                self.storage,
-                num_workers,
-                nice=nice,
-                retries=retries,
-                verify_after_save=verify_after_save,
-                stall_timeout_secs=stall_timeout_secs,
-                emit=self.emit,
-            )
+            started.callback(self._callbacks.thread.stop)
+            self._queue: AnyQueue = in_threads(storage, self._setup, self.emit)
             started.callback(lambda: self._queue.stop())  # whichever it is by then
             if writer == "process":
-                self._queue = _in_process(self._queue, self._setup, self.emit)
+                self._queue = in_process(self._queue, self._setup, self.emit)
             self._stagers = ThreadGroup("staging", 1)  # training may be waiting for these two: full priority
             started.callback(self._stagers.stop)
             self._copiers = copy_threads()
             started.pop_all()
         self._snapshots = Snapshotter(snapshot, max_in_flight, self._stagers, self._copiers)
-        self._thread_groups = (self._stagers, self._copiers, self._callbacks)
+        self._thread_groups = (self._stagers, self._copiers, self._callbacks.thread)
         self._finalizer = self._make_finalizer()
         exit.register(self)
 
@@ -256,7 +178,7 @@ class AsyncCheckpointSaver:
             CheckpointWriteError: the last `max_consecutive_failures` saves failed.
             SaverClosedError: the saver is closed, or belongs to another process.
         """
-        return self._save(_Request(checkpoint, file_path(filepath), optimizers, modules, metadata))
+        return self._save(Request(checkpoint, file_path(filepath), optimizers, modules, metadata))
 
     def save_listed(
         self,
@@ -274,11 +196,11 @@ class AsyncCheckpointSaver:
         """
         directory, info = listing.directory, listing.info
         path, metadata = directory.path_of(str(info.filepath)), directory.describe(info)
-        return self._save(_Request(checkpoint, path, optimizers, modules, metadata, listing, weights_only))
+        return self._save(Request(checkpoint, path, optimizers, modules, metadata, listing, weights_only))
 
     def fail(self, path: str, error: BaseException) -> SaveHandle:
         """The manager's: a save that failed before it could begin; everybody hears of it as of any other."""
-        handle = SaveHandle(path, self._callbacks.put)
+        handle = SaveHandle(path, self._callbacks.thread.put)
         self._settle(handle, None, None, error)
         handle.mark_over()
         return handle
@@ -290,7 +212,7 @@ class AsyncCheckpointSaver:
         the GIL; call it while the data loads, or in a thread. Copies nothing, writes nothing.
         """
         self.check_usable()
-        plan = plan_state(state, _Request(state, "").describe())
+        plan = Request(state, "").plan(Timings())
         if plan.layout.num_bytes <= self._limit():
             self._snapshots.prepare(plan)
 
@@ -304,19 +226,14 @@ class AsyncCheckpointSaver:
         self._check_owner()
         self.check_not_in_callback("wait")
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._lock:
-            handles = self._submitted()
+        handles = self._ledger.submitted()
         pending = [handle for handle in handles if not self._wait_over(handle, deadline)]
         if pending:
             raise WaitTimeoutError(
                 f"{len(pending)} of {len(handles)} saves are not durable yet: {pending[0].path}"
                 + (" and others" if len(pending) > 1 else "")
             )
-        self._raise_unseen_failures()
-
-    def _submitted(self) -> list[SaveHandle]:
-        """What is in flight, but for what an interrupted thread has still to submit: who waits would wait for ever."""
-        return [handle for handle in self._in_flight if handle.is_submitted]
+        self._ledger.raise_unseen()
 
     def _wait_over(self, handle: SaveHandle, deadline: float | None) -> bool:
         """Looks up now and then: what is left to the writer process is not waited for any more."""
@@ -334,8 +251,7 @@ class AsyncCheckpointSaver:
         if os.getpid() != self._pid:
             return
         self.check_not_in_callback("close")
-        with self._lock:
-            self._closed = True
+        self._ledger.close()
         deadline = None if timeout is None else time.monotonic() + timeout
         self._queue.hurry()
         try:
@@ -360,8 +276,8 @@ class AsyncCheckpointSaver:
         self.check_usable()
         if self.writer == "auto" and isinstance(self._queue, SaveQueue):
             self.wait_idle()
-            queue = _in_process(self._queue, self._setup, self.emit)
-            with self._lock:
+            queue = in_process(self._queue, self._setup, self.emit)
+            with self._ledger.lock:
                 self._queue = queue
             self._finalizer.detach()
             self._finalizer = self._make_finalizer()
@@ -381,7 +297,7 @@ class AsyncCheckpointSaver:
         """
         self._check_owner()
         outcome: Future[T] = Future()
-        handle = SaveHandle("other work", self._callbacks.put)  # so that it counts as in flight
+        handle = SaveHandle("other work", self._callbacks.thread.put)  # so that it counts as in flight
 
         def run() -> None:
             try:
@@ -389,31 +305,25 @@ class AsyncCheckpointSaver:
             except BaseException as error:
                 outcome.set_exception(error)
             finally:
-                self._finish(handle)
+                self._ledger.finish(handle)
 
-        with self._lock:
-            if self._closed:
-                raise SaverClosedError("this saver is closed; make another one")
-            self._in_flight[handle] = None
+        def submit() -> None:
             self._queue.run(run, name, path)
             handle.is_submitted = True
+
+        if not self._ledger.enter(handle, submit):
+            raise SaverClosedError("this saver is closed; make another one")
         return outcome.result()
 
     def wait_idle(self, timeout: float | None = None) -> bool:
         """The manager's: wait until nothing is in flight, whatever became of it; False on time-out."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._lock:
-            handles = self._submitted()
+        handles = self._ledger.submitted()
         return all(handle.wait_over(_remaining(deadline)) for handle in handles)
 
     def call_when_idle(self, action: Callable[[], object]) -> bool:
         """The manager's: call `action` once nothing is in flight any more, at once if that is so: then True."""
-        with self._lock:
-            if self._submitted():
-                self._when_idle.append(action)
-                return False
-        action()
-        return True
+        return self._ledger.call_when_idle(action)
 
     def __enter__(self) -> AsyncCheckpointSaver:
         return self
@@ -432,18 +342,19 @@ class AsyncCheckpointSaver:
 
     # --- what happens to one save, in order ---
 
-    def _save(self, request: _Request) -> SaveHandle:
+    def _save(self, request: Request) -> SaveHandle:
         started = time.perf_counter()
         self.check_usable()
         self._choose_writer(request.path)
-        handle = SaveHandle(request.path, self._callbacks.put)
+        handle = SaveHandle(request.path, self._callbacks.thread.put)
         place: Place | None = None
         snapshot: Snapshot | None = None
         try:
             place = self._admission.enter()
             if place is None:
                 return self._skip(handle)
-            plan = self._plan(request, handle.timings)
+            plan = request.plan(handle.timings)
+            request.check(plan)
             limit = self._limit()
             streaming = plan.layout.num_bytes > limit
             piece_bytes = self.storage.piece_bytes(request.path, plan.layout.num_bytes)
@@ -452,7 +363,7 @@ class AsyncCheckpointSaver:
                 place.leave()
                 return self._skip(handle)
             if streaming:
-                _warn_of_streaming(plan, limit)
+                warn_of_streaming(plan, limit)
                 snapshot = self._snapshots.stream(plan, window)
             else:
                 snapshot = self._snapshots.take(
@@ -462,12 +373,7 @@ class AsyncCheckpointSaver:
             self._submit(handle, snapshot, place, request.listing)
         except BaseException:
             if not handle.is_submitted:
-                with self._lock:
-                    self._in_flight.pop(handle, None)
-                if snapshot is not None:
-                    snapshot.release()
-                if place is not None:
-                    place.leave()
+                self._take_back(handle, snapshot, place)
             raise
         finally:
             if place is not None:
@@ -492,21 +398,8 @@ class AsyncCheckpointSaver:
                 "write it, and don't outlive the trainer",
             )
 
-    def _plan(self, request: _Request, timings: Timings) -> Plan:
-        started = time.perf_counter()
-        plan = plan_state(request.state, request.describe())
-        timings.plan_secs = time.perf_counter() - started
-        timings.num_bytes = plan.layout.num_bytes
-        _warn_of_arrays(plan)
-        unsafe = find_unsafe(request.state, plan)
-        if unsafe is not None and request.listing is None:
-            _warn_of_unsafe(*unsafe)
-        elif unsafe is not None and request.weights_only:
-            raise _unsafe_error(*unsafe)
-        return plan
-
     def _limit(self) -> int:
-        with self._lock:
+        with self._ledger.lock:
             if self._memory_limit is None:
                 self._memory_limit = default_memory_limit()
             return self._memory_limit
@@ -516,17 +409,24 @@ class AsyncCheckpointSaver:
             handle,
             snapshot,
             settle=lambda info, error: self._settle(handle, place, info, error),
-            finish=lambda: self._finish(handle),
+            finish=lambda: self._ledger.finish(handle),
             listing=listing,
         )
-        with self._lock:
-            closed = self._closed
-            if not closed:
-                self.emit("submitted", handle.path, f"{handle.timings.num_bytes:,} bytes")
-                self._in_flight[handle] = None
-                self._queue.submit(submission)
-        if closed:
+        if not self._ledger.enter(handle, partial(self._start, submission)):
             raise SaverClosedError("the saver was closed while this save was being staged")
+
+    def _start(self, submission: Submission) -> None:
+        handle = submission.handle
+        self.emit("submitted", handle.path, f"{handle.timings.num_bytes:,} bytes")
+        self._queue.submit(submission)
+
+    def _take_back(self, handle: SaveHandle, snapshot: Snapshot | None, place: Place | None) -> None:
+        """It can't be submitted: what it has taken is there for others again."""
+        self._ledger.withdraw(handle)
+        if snapshot is not None:
+            snapshot.release()
+        if place is not None:
+            place.leave()
 
     def _staged(self, handle: SaveHandle) -> None:
         self._queue.staged(handle)
@@ -539,76 +439,29 @@ class AsyncCheckpointSaver:
         """On a worker, the image's memory being free again; so is the place, before anybody hears of it."""
         if place is not None:
             place.leave()
-        with self._lock:
-            self._unseen_failures = [failed for failed in self._unseen_failures if not failed.looked_at]
-            if error is None:
-                self._num_consecutive_failures = 0
-            else:
-                self._num_consecutive_failures += 1
-                self._unseen_failures.append(handle)
-            handle.settle(info, error)
+        self._ledger.settle(handle, info, error)
         if error is not None:
             log_quietly(logging.ERROR, str(error))
-        if info is not None:
-            self.emit("committed", handle.path, "")
-            if (on_success := self._on_success) is not None:
-                self._callbacks.put(lambda: on_success(info))
-        elif error is not None:
-            self.emit("failed", handle.path, str(error))
-            if (on_failure := self._on_failure) is not None:
-                self._callbacks.put(lambda: on_failure(handle, error))
-
-    def _finish(self, handle: SaveHandle) -> None:
-        """On a worker, when nothing is left to be done for the save."""
-        with self._lock:
-            handle.mark_over()
-            self._in_flight.pop(handle, None)
-            when_idle: list[Callable[[], object]] = []
-            if not self._submitted():
-                when_idle, self._when_idle = self._when_idle, []
-        for action in when_idle:
-            action()
+        self._callbacks.tell_of(handle, info, error)
 
     def _skip(self, handle: SaveHandle) -> SaveHandle:
         handle.skip()
         self.emit("skipped", handle.path, "no room in flight")
         return handle
 
-    def _raise_unseen_failures(self) -> None:
-        with self._lock:
-            unseen = [handle for handle in self._unseen_failures if not handle.looked_at]
-            self._unseen_failures.clear()
-        errors = [error for handle in unseen if (error := handle.exception()) is not None]
-        if len(errors) == 1:
-            raise errors[0]
-        if errors:
-            raise CheckpointWriteError(
-                f"{len(errors)} saves failed; the first: {errors[0]}", failures=errors
-            ) from errors[0]
-
     # --- guards ---
 
     def check_open(self) -> None:
         """Raise `SaverClosedError` if it is closed, or another process's."""
         self._check_owner()
-        with self._lock:
-            if self._closed:
-                raise SaverClosedError("this saver is closed; make another one")
+        self._ledger.check_open()
 
     def check_usable(self) -> None:
         """Raise what `save` would raise before it looks at anything."""
         self._check_owner()
         self.check_not_in_callback("save")
         self.check_open()
-        with self._lock:
-            if self._num_consecutive_failures >= self._max_consecutive_failures:
-                # One more is let through next time: the cause may be gone by then.
-                self._num_consecutive_failures = self._max_consecutive_failures - 1
-                last = self._unseen_failures[-1] if self._unseen_failures else None
-                raise CheckpointWriteError(
-                    f"the last {self._max_consecutive_failures} saves failed, so training goes on without checkpoints"
-                    + (f"; the last: {last.failure()}" if last is not None else "")
-                )
+        self._ledger.check_failures()
 
     def _check_owner(self) -> None:
         # Before any lock: at the time of the fork another thread may have held it.
@@ -619,8 +472,7 @@ class AsyncCheckpointSaver:
 
     def check_not_in_callback(self, name: str) -> None:
         """Raise if this is the thread that runs callbacks."""
-        if self._callbacks.contains_current_thread():
-            raise RuntimeError(f"{name}() inside a callback would wait for itself; hand the work to another thread")
+        self._callbacks.check_not_inside(name)
 
     # --- for the exit module ---
 
@@ -644,7 +496,7 @@ class AsyncCheckpointSaver:
         finally:
             if final:
                 self._queue.leave()
-            self._callbacks.drain(min(_MAX_CALLBACK_SECS, _remaining(self._exit_deadline) or 0.0))
+            self._callbacks.thread.drain(min(_MAX_CALLBACK_SECS, _remaining(self._exit_deadline) or 0.0))
         return True
 
     def _make_finalizer(self) -> weakref.finalize[..., AsyncCheckpointSaver]:
@@ -656,27 +508,7 @@ class AsyncCheckpointSaver:
         self._finalizer.detach()
 
 
-def _journals_directory() -> str:
-    """Made by the first upload in parts, gone with the last; for the writer process that takes over from a dead one."""
-    return os.path.join(tempfile.gettempdir(), f"asyncckpt-uploads-{os.getpid()}-{secrets.token_hex(8)}")
-
-
-def _in_process(threads: SaveQueue, setup: Setup, emit: Emit) -> SaveQueue | ProcessQueue:
-    """A writer process's queue, or, where there can be none, the threads' own, with a warning."""
-    reason = why_not()
-    try:
-        if reason is None:
-            return ProcessQueue(threads, setup, emit)
-    except OSError as error:
-        reason = f"a writer process can't be started: {error}"
-    except BaseException:
-        threads.stop()
-        raise
-    warnings.warn(f"{reason}; threads write the checkpoints instead, and don't outlive the trainer", stacklevel=4)
-    return threads
-
-
-def _abandon(queue: SaveQueue | ProcessQueue, groups: Sequence[ThreadGroup], snapshots: Snapshotter, pid: int) -> None:
+def _abandon(queue: AnyQueue, groups: Sequence[ThreadGroup], snapshots: Snapshotter, pid: int) -> None:
     """A saver was dropped without `close()`: what is in flight still finishes, then everything is given back."""
     if os.getpid() == pid:
         queue.stop()
@@ -685,66 +517,5 @@ def _abandon(queue: SaveQueue | ProcessQueue, groups: Sequence[ThreadGroup], sna
         snapshots.close()
 
 
-def _emitter(on_event: Callable[[Event], object] | None, callbacks: ThreadGroup) -> Emit:
-    """Hands events to the callback's thread, without keeping the saver alive."""
-
-    def emit(kind: EventKind, path: str, detail: str) -> None:
-        if on_event is not None:
-            event = Event(kind, path, detail)
-            callbacks.put(lambda: on_event(event))
-
-    return emit
-
-
 def _remaining(deadline: float | None) -> float | None:
     return None if deadline is None else max(0.0, deadline - time.monotonic())
-
-
-def _warn_of_arrays(plan: Plan) -> None:
-    if plan.array_bytes > _LARGE_ARRAYS_BYTES:
-        warnings.warn(
-            f"the state holds {plan.array_bytes:,} bytes of NumPy arrays, which torch's format pickles inline, slowly "
-            "and with several times their size in memory; torch.from_numpy makes tensors of them without a copy",
-            stacklevel=5,
-        )
-
-
-def _warn_of_unsafe(path: str, name: str) -> None:
-    warnings.warn(
-        f"{path} refers to {name}, so only a load with weights_only=False, which can run code, will open this "
-        "checkpoint; save plain data and state_dicts, or allow it by torch.serialization.add_safe_globals",
-        stacklevel=5,
-    )
-
-
-def _unsafe_error(path: str, name: str) -> UnsafeCheckpointError:
-    return UnsafeCheckpointError(
-        f"{_dotted(path)} refers to {name}, which a safe load would refuse, so nothing was saved; save plain data "
-        "(str(), vars(), a state_dict()) in its place, allow the class by torch.serialization.add_safe_globals, or "
-        "pass weights_only=False if every later load may run code"
-    )
-
-
-def _dotted(path: str) -> str:
-    """`state['config']['optimizer_cls']` as people say it: `config.optimizer_cls`."""
-    return re.sub(r"\['([A-Za-z_]\w*)'\]", r".\1", path).replace("state.", "", 1)
-
-
-def _warn_of_streaming(plan: Plan, limit: int) -> None:
-    warnings.warn(
-        f"the state's image ({plan.layout.num_bytes:,} bytes) is over memory_limit ({limit:,} bytes): it is written in "
-        "pieces, and save() blocks until it is durable",
-        stacklevel=4,
-    )
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value}")

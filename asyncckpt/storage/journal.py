@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import tempfile
 from dataclasses import dataclass, field
 
 import msgspec
@@ -18,6 +19,14 @@ from asyncckpt.storage.files import Descriptor
 
 _SUFFIX = ".journal"
 _MAX_JOURNAL_BYTES = 8 << 20
+
+
+def journals_directory() -> str:
+    """A new name for one writer's: made by the first upload in parts, gone with the last.
+
+    For the writer process that takes over from a dead one.
+    """
+    return os.path.join(tempfile.gettempdir(), f"asyncckpt-uploads-{os.getpid()}-{secrets.token_hex(8)}")
 
 
 class UploadRecord(msgspec.Struct, frozen=True):

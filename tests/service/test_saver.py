@@ -392,13 +392,13 @@ def test_a_signal_handler_saves_although_there_is_no_room(tmp_path: Path, monkey
     saver = AsyncCheckpointSaver(max_in_flight=1)
 
     def interrupted(*args: Any) -> Any:
-        monkeypatch.setattr("asyncckpt.service.saver.plan_state", plan_state)
+        monkeypatch.setattr("asyncckpt.service.request.plan_state", plan_state)
         signal.raise_signal(signal.SIGUSR1)
         return plan_state(*args)
 
     before = signal.signal(signal.SIGUSR1, lambda *args: saver.save(state(1), tmp_path / "signal.pt"))
     try:
-        monkeypatch.setattr("asyncckpt.service.saver.plan_state", interrupted)
+        monkeypatch.setattr("asyncckpt.service.request.plan_state", interrupted)
         saver.save(state(2), tmp_path / "loop.pt")
         saver.close()
     finally:
@@ -536,7 +536,7 @@ def test_a_settled_handle_keeps_no_image(tmp_path: Path) -> None:
         with disk_broken():
             bad = saver.save(state(2), tmp_path / "a.pt")
             error = bad.exception()
-        saver._callbacks.drain(60)
+        saver._callbacks.thread.drain(60)
         gc.collect()
         from asyncckpt.image.checksum import StagedImage
 

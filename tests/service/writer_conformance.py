@@ -45,6 +45,8 @@ from asyncckpt import (
 )
 from asyncckpt.naming import is_temporary_name
 from asyncckpt.registry.retention import RetentionPolicy
+from asyncckpt.service.handover import Handover
+from asyncckpt.service.ledger import Ledger
 from asyncckpt.service.process_queue import ProcessQueue
 from asyncckpt.service.queue import SaveQueue
 from service.disk import Disk, wait_for
@@ -535,7 +537,7 @@ class WriterConformance:
                     target=lambda: streamed.append(saver.save(state(2, 5_000_000), place / "a.pt"))
                 )
                 thread.start()
-                wait_for(lambda: len(saver._in_flight) == 2)
+                wait_for(lambda: len(saver._ledger._in_flight) == 2)
                 with pytest.raises(WaitTimeoutError):
                     saver.close(0.01)
         thread.join(60)
@@ -726,11 +728,13 @@ HAND_OVER = {
     function.__code__
     for function in (
         AsyncCheckpointSaver._submit,
+        AsyncCheckpointSaver._start,
+        Ledger.enter,
         SaveQueue.submit,
         ProcessQueue.submit,
         ProcessQueue._advance,
-        ProcessQueue._send,
-        ProcessQueue._send_image,
+        Handover.advance,
+        Handover._send_image,
     )
 }
 

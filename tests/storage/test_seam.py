@@ -45,7 +45,7 @@ ALLOWED = {
     "service/connection.py": {"os.memfd_create", "os.write", "os.pread", "os.fstat", "os.close"},
     "service/memory.py": {".read_text"},  # /proc and /sys
     "image/sparse_file.py": {"os.dup"},  # of a memfd
-    "service/saver.py": {"tempfile"},  # the name of the directory for temporary files
+    "storage/journal.py": {"tempfile"},  # the name of the directory for temporary files
     "storage/places.py": {".open", ".link"},  # the storage's
     "storage/obstore_client.py": {".open"},
     "storage/fsspec_memory.py": {".open"},  # fsspec's
