@@ -78,7 +78,7 @@ LAYERS = [
     "storage.links storage.directory_lock",
     "storage.temporary storage.directories",
     "storage.files",
-    "progress",
+    "progress warn",
     "storage.base storage.system_calls storage.bounded",
     "image.checksum",
     "image.layout image.arena",
@@ -91,7 +91,7 @@ LAYERS = [
 ]
 TORCH_FREE = {
     *("errors", "events", "init", "naming", "records", "threads", "version", "policies", "interval", "overhead"),
-    *("mirror_tier", "pace"),
+    *("mirror_tier", "pace", "warn"),
     *("registry.registry", "registry.retention", "registry.backlog", "registry.recovery", "registry.directory"),
     *("registry.files", "registry.turns", "registry.mirror_note"),
     *("registry.replication", "service.mirror", "service.mirror_process", "service.replicator"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +28,7 @@ from asyncckpt.image.verify import default_num_threads, verify_payloads
 from asyncckpt.storage.base import Reader
 from asyncckpt.storage.local import LocalReader
 from asyncckpt.storage.places import Places
+from asyncckpt.warn import warn
 
 # What torch.save(..., _use_new_zipfile_serialization=False) writes first: a pickled magic number.
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -142,7 +142,7 @@ def _check(reader: Reader, path: str) -> tuple[Payloads | None, Mapping[str, obj
     except EOFError as error:
         raise CorruptCheckpointError(f"{path} was cut off while it was loaded: {error}") from error
     if bytes(start) == _LEGACY_MAGIC:
-        warnings.warn(f"{path} is in torch's legacy format, which has no checksums: loaded unverified", stacklevel=4)
+        warn(f"{path} is in torch's legacy format, which has no checksums: loaded unverified")
         return None, None
     report, payloads = verify_payloads(reader, path, num_threads=default_num_threads())
     if not report.ok:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -17,6 +16,7 @@ from asyncckpt.image.staging import StorageCopies, find_torn, stage_contents, wa
 from asyncckpt.image.streaming import StreamedImage
 from asyncckpt.records import Timings
 from asyncckpt.threads import Latch, ThreadGroup, once
+from asyncckpt.warn import warn
 
 SnapshotMode = Literal["copy", "overlap"]
 SNAPSHOT_MODES: tuple[str, ...] = get_args(SnapshotMode)
@@ -179,7 +179,7 @@ class Snapshotter:
             return set()
         reason = fence.why_not_overlap(optimizers, modules)
         if reason is not None:
-            warnings.warn(f"snapshot='overlap' fell back to 'copy' for this save: {reason}", stacklevel=6)
+            warn(f"snapshot='overlap' fell back to 'copy' for this save: {reason}")
             return set()
         return fence.late_keys(plan, optimizers)
 

@@ -13,7 +13,6 @@ import contextlib
 import ctypes
 import re
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from asyncckpt.errors import TornSnapshotError
 from asyncckpt.image.arena import Arena
 from asyncckpt.image.plan import Plan
 from asyncckpt.threads import ThreadGroup, num_cores
+from asyncckpt.warn import warn
 
 _MAX_COPY_THREADS = 8
 _LARGE_BYTES = 1 << 20
@@ -258,10 +258,7 @@ def _register_with_cuda(arena: Arena) -> None:
     cudart = torch.cuda.cudart()
     error = int(cudart.cudaHostRegister(arena.address, arena.num_bytes, 0))
     if error != 0:
-        warnings.warn(
-            f"the CUDA driver would not pin {arena.num_bytes:,} bytes (error {error}): staging blocks longer",
-            stacklevel=2,
-        )
+        warn(f"the CUDA driver would not pin {arena.num_bytes:,} bytes (error {error}): staging blocks longer")
         return
     address = arena.address
     _registered.add(address)

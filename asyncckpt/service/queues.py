@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-
 from asyncckpt.service.messages import Setup
 from asyncckpt.service.process_queue import ProcessQueue
 from asyncckpt.service.queue import Emit, SaveQueue
 from asyncckpt.service.writer_process import why_not
 from asyncckpt.storage.base import Storage
+from asyncckpt.warn import warn
 
 AnyQueue = SaveQueue | ProcessQueue
 
@@ -37,5 +36,5 @@ def in_process(threads: SaveQueue, setup: Setup, emit: Emit) -> AnyQueue:
     except BaseException:
         threads.stop()
         raise
-    warnings.warn(f"{reason}; threads write the checkpoints instead, and don't outlive the trainer", stacklevel=4)
+    warn(f"{reason}; threads write the checkpoints instead, and don't outlive the trainer")
     return threads

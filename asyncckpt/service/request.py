@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -18,11 +17,9 @@ from asyncckpt.image.plan import Plan, find_unsafe, plan_state
 from asyncckpt.records import Timings
 from asyncckpt.registry.directory import Listing
 from asyncckpt.version import __version__
+from asyncckpt.warn import warn
 
 _LARGE_ARRAYS_BYTES = 16 << 20
-
-# Warnings point at the user's line: it called `save`, that `_save`, and that the functions here.
-_LEVELS_TO_USER = 4
 
 
 @dataclass
@@ -69,26 +66,23 @@ class Request:
 
 def warn_of_streaming(plan: Plan, limit: int) -> None:
     """The state's image is over the limit, so that it will be streamed."""
-    warnings.warn(
+    warn(
         f"the state's image ({plan.layout.num_bytes:,} bytes) is over memory_limit ({limit:,} bytes): it is written in "
         "pieces, and save() blocks until it is durable",
-        stacklevel=_LEVELS_TO_USER,
     )
 
 
 def _warn_of_arrays(plan: Plan) -> None:
-    warnings.warn(
+    warn(
         f"the state holds {plan.array_bytes:,} bytes of NumPy arrays, which torch's format pickles inline, slowly "
         "and with several times their size in memory; torch.from_numpy makes tensors of them without a copy",
-        stacklevel=_LEVELS_TO_USER + 1,
     )
 
 
 def _warn_of_unsafe(path: str, name: str) -> None:
-    warnings.warn(
+    warn(
         f"{path} refers to {name}, so only a load with weights_only=False, which can run code, will open this "
         "checkpoint; save plain data and state_dicts, or allow it by torch.serialization.add_safe_globals",
-        stacklevel=_LEVELS_TO_USER + 1,
     )
 
 

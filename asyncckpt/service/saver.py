@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -117,16 +118,18 @@ class AsyncCheckpointSaver:
         self.nice = nice
         self.stall_timeout_secs = stall_timeout_secs
         self.writer = writer
+        self._switching = threading.RLock()  # guards the next; reentrant, since signal handlers may save
+        self._is_switching = False  # to the writer process
         self._has_told_of_threads = False
         self._is_left = False  # to the writer process
         self._memory_limit = memory_limit
         self._pid = os.getpid()
 
+        self.storage = storage = Places(storage_options, journals_directory())
         self._callbacks = Callbacks(on_success, on_failure, on_event)
         self.emit = self._callbacks.emit
         self._ledger = Ledger(max_consecutive_failures)
         self._admission = Admission(max_in_flight, when_full)
-        self.storage = storage = Places(storage_options, journals_directory())
         self._setup = Setup(
             num_workers, nice, retries, verify_after_save, stall_timeout_secs, storage.plain_options, storage.journals
         )
@@ -275,13 +278,26 @@ class AsyncCheckpointSaver:
         """
         self.check_usable()
         if self.writer == "auto" and isinstance(self._queue, SaveQueue):
-            self.wait_idle()
-            queue = in_process(self._queue, self._setup, self.emit)
-            with self._ledger.lock:
-                self._queue = queue
-            self._finalizer.detach()
-            self._finalizer = self._make_finalizer()
+            with self._switching:
+                if isinstance(self._queue, SaveQueue) and not self._is_switching:
+                    self._is_switching = True
+                    try:
+                        self._switch_to_process(self._queue)
+                    finally:
+                        self._is_switching = False
         return self._queue.survives_exit
+
+    def _switch_to_process(self, threads: SaveQueue) -> None:
+        self.wait_idle()
+        queue = in_process(threads, self._setup, self.emit)
+        is_switched = False
+        while not is_switched:
+            self.wait_idle()  # for what came meanwhile: threads and process never write at the same time
+            with self._ledger.lock:
+                if is_switched := not self._ledger.submitted():
+                    self._queue = queue
+        self._finalizer.detach()
+        self._finalizer = self._make_finalizer()
 
     def leave_to_writer(self) -> None:
         """What is staged is the writer process's now: `wait()` and `close()` return, and exit does not wait for it.
@@ -387,6 +403,8 @@ class AsyncCheckpointSaver:
 
     def _choose_writer(self, path: str) -> None:
         """A network is no business of a process whose GIL is busy; but not every place can be had in another one."""
+        with self._switching:  # another thread's switch is waited for, lest it wait for ever for a quiet moment
+            pass
         if self.storage.is_shared(path):
             if not self.storage.is_near(path):
                 self.use_writer_process()
