@@ -7,7 +7,6 @@ the registry and then the best link, the save is acknowledged, `delete_pending` 
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import logging
 import os
@@ -33,15 +32,15 @@ from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry import turns
 from asyncckpt.registry.backlog import Mirrored
 from asyncckpt.registry.files import CheckpointFiles, NameTakenError, Report
-from asyncckpt.registry.recovery import Survey, describe_file, read_registry, survey
+from asyncckpt.registry.index import Index, IndexState
+from asyncckpt.registry.recovery import Survey, describe_file, survey
 from asyncckpt.registry.registry import (
     PendingDelete,
     Registry,
     describe_in_file,
-    encode_registry,
 )
 from asyncckpt.registry.retention import RetentionPolicy, retained
-from asyncckpt.storage.base import ConflictError, Lock, Storage
+from asyncckpt.storage.base import Lock, Storage
 from asyncckpt.storage.local import LocalReader
 
 
@@ -61,9 +60,7 @@ class WriterState:
 
     registry: Registry
     is_recorded: bool
-    version: str  # of registry.json
-    linked_best: int | None
-    linked_version: str  # of the best link
+    index: IndexState
     damaged: frozenset[int]
 
 
@@ -104,6 +101,7 @@ class CheckpointDirectory:
         self._note_progress = note_progress
         self._files = CheckpointFiles(storage, path, report, note_progress)
         self._report = self._files.report
+        self._index = Index(storage, path, self._files, self._check_claim)
 
         self._opening = threading.Lock()
         self._is_opening = False
@@ -112,9 +110,6 @@ class CheckpointDirectory:
         self._writing = threading.Lock()  # guards the writer's steps; the registry is a value, replaced whole
         self._registry: Registry | None = None  # the writer's; what was committed but could not be recorded is in it
         self._is_recorded = False  # registry.json says the same
-        self._version = ""  # of registry.json, where storage has versions: nobody else's is overwritten
-        self._linked_best: int | None = None
-        self._linked_version = ""
         self._strangers: frozenset[str] = frozenset()
         self._damaged: frozenset[int] = frozenset()
         self._sequences = itertools.count(1)  # its `next` is one act, whatever signals come
@@ -286,8 +281,7 @@ class CheckpointDirectory:
         self.generation = next(_generations)
         for path in self.storage.sweep(self.path, has_lock=True):
             self._report(logging.WARNING, "swept", os.path.basename(path), "left by a writer that died")
-        self._version = self.storage.version(self.path_of(REGISTRY_NAME))
-        self._linked_version = self.storage.version(self.path_of(BEST_NAME))
+        self._index.look()
         found = survey(self.storage, self.path, self.metric, self.mode, every_file=True)
         if found.registry.last_sequence > _MOST_COMMITS:
             raise RegistryError(f"{self.path} can't be written to: its checkpoints' numbers are beyond all reason")
@@ -306,7 +300,7 @@ class CheckpointDirectory:
             replace(info, damaged=info.damaged and self._files.is_bad(str(info.filepath)))
             for info in registry.checkpoints
         )
-        self._linked_best = found.linked_best
+        self._index.note_link(found.linked_best)
         self._strangers = frozenset(found.strangers)
         self._sequences = itertools.count(max(next(self._sequences), registry.last_sequence + 1))
         registry = replace(registry, claim=self._lock.claim if self._lock is not None else "")
@@ -316,8 +310,15 @@ class CheckpointDirectory:
         if not self._is_recorded and (registry.checkpoints or found.recorded is not None or found.damage):
             self._write(registry)
         self._link_best()
-        if registry.best is None and found.linked_best is not None:
+        if registry.best is None:
+            self._tell_of_link(found, registry)
+
+    def _tell_of_link(self, found: Survey, registry: Registry) -> None:
+        """There is no best one yet, and something has the name of its link."""
+        if found.linked_best is not None:
             self._report(logging.INFO, "recovered", BEST_NAME, f"no checkpoint has a {registry.monitor_metric}: kept")
+        elif problem := self._files.link_problem(registry.run_id):
+            self._report(logging.WARNING, "recovered", BEST_NAME, f"the first best checkpoint will fail: {problem}")
 
     def _with_continued(self, found: Survey, registry: Registry) -> Registry:
         if self._continued is None:
@@ -340,9 +341,7 @@ class CheckpointDirectory:
         Takes no lock: a signal handler may save, and so ask, in the middle of this.
         """
         registry = self._own_registry()
-        return WriterState(
-            registry, self._is_recorded, self._version, self._linked_best, self._linked_version, self._damaged
-        )
+        return WriterState(registry, self._is_recorded, self._index.state, self._damaged)
 
     def share_lock(self) -> int | bytes:
         """What to send to the process that is to hold the lock too: a descriptor, or plain bytes."""
@@ -365,9 +364,8 @@ class CheckpointDirectory:
             self._set_state(replace(state, damaged=state.damaged | self._damaged))
 
     def _set_state(self, state: WriterState) -> None:
-        self._registry, self._is_recorded, self._version = state.registry, state.is_recorded, state.version
-        self._linked_best, self._linked_version = state.linked_best, state.linked_version
-        self._damaged = state.damaged
+        self._registry, self._is_recorded = state.registry, state.is_recorded
+        self._index.state, self._damaged = state.index, state.damaged
         self._reserved -= {str(info.filepath) for info in state.registry.checkpoints}
 
     def note_all_damaged(self, sequences: Iterable[int]) -> None:
@@ -464,24 +462,15 @@ class CheckpointDirectory:
                 self._check_place(registry.run_id)
             if (info.sequence or 0) <= before.last_sequence:
                 before = self._announce(before, info)
-            contents = encode_registry(registry)
-            upload = self.storage.begin(self.path_of(REGISTRY_NAME), len(contents), expected=self._version)
+            upload = self._index.begin(registry)
             try:
-                upload.write(0, memoryview(contents))
-                upload.sync()
                 try:
                     commit()
                 except BaseException:
                     self._note_doubtful(before, registry, info)
                     raise
                 self._registry, self._is_recorded = registry, False
-                try:
-                    upload.commit()
-                    self._version = upload.version
-                    upload.close()
-                except ConflictError:
-                    upload.abort()
-                    self._overwrite(registry)
+                self._index.commit(upload, registry)
             except BaseException:
                 upload.abort()
                 raise
@@ -664,24 +653,8 @@ class CheckpointDirectory:
         return bare.keeping(kept), [info for info in bare.checkpoints if info.sequence not in kept]
 
     def _write(self, registry: Registry) -> None:
-        path = self.path_of(REGISTRY_NAME)
-        try:
-            self._version = self.storage.replace(path, encode_registry(registry), expected=self._version)
-        except ConflictError:
-            self._overwrite(registry)
+        self._index.write(registry)
         self._registry, self._is_recorded = registry, True
-
-    def _overwrite(self, registry: Registry) -> None:
-        """The registry is not the one that we have written last. Nobody else may write it as long as we have the claim:
-        it was removed, or a write of ours has arrived of which we had no answer.
-        """
-        path = self.path_of(REGISTRY_NAME)
-        version = self.storage.version(path)
-        recorded, _ = read_registry(self.storage, self.path)
-        self._check_claim()
-        if recorded is not None and recorded.claim != registry.claim:
-            raise ConflictError(errno.EEXIST, "another writer has written it in the same moment")
-        self._version = self.storage.replace(path, encode_registry(registry), expected=version)
 
     def _check_claim(self) -> None:
         if self._lock is not None and self._lock.is_taken_over():
@@ -692,23 +665,18 @@ class CheckpointDirectory:
 
     def _link_best(self) -> None:
         """The registry is the truth; the link follows. Of a best one that somebody has deleted it learns here."""
-        while (best := self._own_registry().best) is not None and not self._is_linked(best):
+        while (best := self._own_registry().best) is not None:
             try:
-                self.storage.link(self.path_of(str(best.filepath)), self.path_of(BEST_NAME))
-                self._linked_best = best.sequence
-                self._linked_version = self.storage.version(self.path_of(BEST_NAME))
+                self._index.link(best, self._own_registry().run_id)
+                return
             except FileNotFoundError:
                 self._report(logging.WARNING, "recovered", str(best.filepath), _GONE)
                 registry = self._own_registry()
                 self._write(registry.with_checkpoints(info for info in registry.checkpoints if info is not best))
+            except NameTakenError:
+                raise
             except OSError as error:
                 raise OSError(error.errno, f"{BEST_NAME} can't be renewed: {error.strerror}") from error
-
-    def _is_linked(self, best: CheckpointInfo) -> bool:
-        """Where files have versions it is looked up: a writer that was taken for dead may have renewed it since."""
-        return best.sequence == self._linked_best and (
-            not self._linked_version or self.storage.version(self.path_of(BEST_NAME)) == self._linked_version
-        )
 
 
 @contextlib.contextmanager

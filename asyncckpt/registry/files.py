@@ -59,6 +59,28 @@ class CheckpointFiles:
                 return
         raise NameTakenError(f"{path} is another file, not of this run: it is not overwritten; move it away")
 
+    def check_link(self, run_id: str) -> None:
+        """Raise `NameTakenError` if `best_model.pt` is somebody else's; a torn one of ours is not. Blocks."""
+        try:
+            self.check_ours(self.path_of(BEST_NAME), run_id)
+        except NameTakenError:
+            try:
+                describe_file(self._storage, self.path_of(BEST_NAME))
+            except CorruptCheckpointError:
+                if self._looks_like_a_checkpoint(BEST_NAME):
+                    return
+            raise
+
+    def link_problem(self, run_id: str) -> str:
+        """What `check_link` raises; "" if it does not, or can't be looked at."""
+        try:
+            self.check_link(run_id)
+        except NameTakenError as error:
+            return str(error)
+        except OSError:
+            pass
+        return ""
+
     def problem(self, name: str) -> str:
         """What is wrong with a file; "" when it is whole. Reads all of it; raises OSError when it can't."""
         path = self.path_of(name)

@@ -27,7 +27,7 @@ from asyncckpt import (
     RegistryError,
     StorageBusyError,
 )
-from asyncckpt.naming import LOCK_NAME, checkpoint_name, is_temporary_name
+from asyncckpt.naming import BEST_NAME, LOCK_NAME, checkpoint_name, is_temporary_name
 from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.registry.retention import KeepEvery, KeepLast
 from asyncckpt.storage.local import LocalStorage
@@ -738,7 +738,7 @@ def test_another_runs_file_under_a_listed_name(run: Run, tmp_path: Path) -> None
     other.save(1, 0.5)
     run.save(1, 0.5)
     theirs = other.file(1).read_bytes()
-    run.file(1).write_bytes(theirs)
+    os.replace(shutil.copy(other.file(1), run.path / "copy"), run.file(1))
     run.restart()
     assert run.steps() == []
     for step in (1, 2, 3, 4):
@@ -746,6 +746,47 @@ def test_another_runs_file_under_a_listed_name(run: Run, tmp_path: Path) -> None
     assert (run.path / other.file(1).name).read_bytes() == theirs
     other.saver.close(60)
     other.directory.close()
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link", "another run's", "torch.save's"])
+def test_somebody_elses_best_model(run: Run, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Is not overwritten; what is not to be the best is saved all the same."""
+    theirs = run.path / BEST_NAME
+    run.path.mkdir()
+    if kind == "a file":
+        theirs.write_bytes(b"mine")
+    elif kind == "a link":
+        (tmp_path / "model.pt").write_bytes(b"mine")
+        theirs.symlink_to(tmp_path / "model.pt")
+    elif kind == "torch.save's":
+        torch.save({"mine": TENSOR}, theirs)
+    else:
+        asyncckpt.save({"mine": TENSOR}, theirs).result(60)
+    before = theirs.read_bytes(), theirs.is_symlink()
+    run.save(1)
+    assert "the first best checkpoint will fail" in caplog.text
+    with pytest.raises(CheckpointWriteError, match=r"best_model.pt is another file, not of this run: .* move it away"):
+        run.save(2, 0.5)
+    assert (theirs.read_bytes(), theirs.is_symlink()) == before
+    assert run.steps() == [1, 2]
+    run.directory.close()
+    with pytest.raises(CheckpointWriteError, match=r"best_model\.pt is another file"):
+        run.directory.open_for_writing()
+    theirs.rename(tmp_path / "away")
+    run.restart()
+    assert run.best_step() == 2
+    run.save(3, 0.4)
+    run.assert_in_order()
+
+
+def test_a_torn_best_link_is_renewed(run: Run) -> None:
+    """As a copy may be, where the file system knows no links."""
+    run.save(1, 0.5)
+    content = (run.path / BEST_NAME).read_bytes()
+    (run.path / BEST_NAME).unlink()
+    (run.path / BEST_NAME).write_bytes(content[: len(content) // 2])
+    run.restart()
+    run.assert_in_order()
 
 
 @pytest.mark.parametrize("kind", ["directory", "link", "pipe"])

@@ -236,7 +236,7 @@ _link_best = CheckpointDirectory._link_best
 
 
 def linked_once(directory: CheckpointDirectory) -> None:
-    if directory._linked_best is None:
+    if directory._index.state.linked_best is None:
         _link_best(directory)
 
 
@@ -253,7 +253,7 @@ def linked_by_name() -> AbstractContextManager[object]:
         best = directory._own_registry().best
         if best is not None and linked.get(directory.path) != str(best.filepath):
             linked[directory.path] = str(best.filepath)
-            directory._linked_best = None
+            directory._index.note_link(None)
             _link_best(directory)
 
     return mock.patch.object(CheckpointDirectory, "_link_best", link_best)
