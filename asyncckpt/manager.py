@@ -668,7 +668,8 @@ class CheckpointManager:
         self._saver.wait(timeout)
         if tier == "mirror" and self._mirror is not None:
             with self._saving:
-                self._saver.check_open()
+                if self._mirror.started is None:
+                    self._saver.check_open()
                 self._mirror.running()
             self._mirror.wait(deadline)
 
