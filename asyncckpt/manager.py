@@ -43,7 +43,9 @@ from asyncckpt.service.saver import AsyncCheckpointSaver
 from asyncckpt.state.capture import as_float, as_int, create_checkpoint, unwrap
 from asyncckpt.state.rng import capture_rng_states
 from asyncckpt.state.stateful import capture_stateful
+from asyncckpt.storage.base import Storage
 from asyncckpt.storage.bounded import BoundedStorage, NoAnswerError
+from asyncckpt.storage.journal import journals_directory
 from asyncckpt.storage.places import Places, full_path
 from asyncckpt.threads import log_quietly
 
@@ -132,6 +134,9 @@ class CheckpointManager:
         _check_policy("mirror_retention", mirror_retention)
         check_backlog(mirror_backlog_bytes)
         place = mirror_place(mirror, str(self.checkpoint_dir)) if mirror is not None else None
+        mirror_storage: Places | None = None
+        if mirror_storage_options is not None:
+            mirror_storage = Places(mirror_storage_options, journals_directory())
         if retention is None:
             if not isinstance(max_checkpoints, int) or isinstance(max_checkpoints, bool) or max_checkpoints < 1:
                 raise ValueError(f"max_checkpoints must be a whole number of at least 1, not {max_checkpoints!r}")
@@ -154,7 +159,9 @@ class CheckpointManager:
         )
         self._mirror: MirrorTier | None = None
         if place is not None:
-            self._mirror = self._make_mirror(place, mirror_retention or retention, mirror_storage_options)
+            self._mirror = self._make_mirror(
+                place, mirror_storage or self._saver.storage, mirror_retention or retention
+            )
             self._directory.mirrored, self._directory.mirror_backlog_bytes = Mirrored(), mirror_backlog_bytes
         tiers = [self._directory, *([self._mirror.directory] if self._mirror is not None else [])]
         self._resume = Resume(tiers, self._saver.emit, weights_only=weights_only)
@@ -164,9 +171,7 @@ class CheckpointManager:
         self._continued: Registry | None = None  # what was in the mirror, for a run that goes on from there
         self._pace = Pace()
 
-    def _make_mirror(
-        self, place: str, retention: RetentionPolicy, storage_options: Mapping[str, Any] | None
-    ) -> MirrorTier:
+    def _make_mirror(self, place: str, storage: Storage, retention: RetentionPolicy) -> MirrorTier:
         saver = self._saver
         options = MirrorOptions(
             in_process=saver.writer != "thread",
@@ -176,7 +181,7 @@ class CheckpointManager:
         )
         directory = CheckpointDirectory(
             place,
-            saver.storage if storage_options is None else Places(storage_options, saver.storage.journals),
+            storage,
             retention=retention,
             metric=self.monitor_metric,
             mode=self.monitor_mode,

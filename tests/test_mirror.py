@@ -742,6 +742,7 @@ def test_what_makes_no_sense(make: Make, tmp_path: Path) -> None:
         ({"mirror_backlog_bytes": True}, TypeError),
         ({"mirror_backlog_bytes": -1}, ValueError),
         ({"mirror_backlog_bytes": 2**70}, ValueError),
+        ({"mirror_storage_options": "s3"}, TypeError),
     ],
 )
 def test_mistakes_are_found_at_once(make: Make, option: dict[str, Any], error: type[Exception]) -> None:
