@@ -61,14 +61,20 @@ class Places(Storage):
     """Every place there is, with one set of `storage_options` for those that a URL names.
 
     `journals` is a directory of this machine, where uploads note how far they are; nobody else's. `never_forks` says
-    that this process starts no forked children, so that it may use clients that don't survive that.
+    that this process starts no forked children, so that it may use clients that don't survive that. `name` is what the
+    user calls the options.
     """
 
     def __init__(
-        self, options: Mapping[str, Any] | None = None, journals: str | None = None, *, never_forks: bool = False
+        self,
+        options: Mapping[str, Any] | None = None,
+        journals: str | None = None,
+        *,
+        never_forks: bool = False,
+        name: str = "storage_options",
     ) -> None:
         if not isinstance(options, Mapping | None):
-            raise TypeError(f"storage_options is a dict, not {type(options).__name__}")
+            raise TypeError(f"{name} is a dict, not {type(options).__name__}")
         self.options = dict(options or {})
         self.journals = journals
         self.never_forks = never_forks
