@@ -136,7 +136,7 @@ class CheckpointManager:
         place = mirror_place(mirror, str(self.checkpoint_dir)) if mirror is not None else None
         mirror_storage: Places | None = None
         if mirror_storage_options is not None:
-            mirror_storage = Places(mirror_storage_options, journals_directory())
+            mirror_storage = Places(mirror_storage_options, journals_directory(), name="mirror_storage_options")
         if retention is None:
             if not isinstance(max_checkpoints, int) or isinstance(max_checkpoints, bool) or max_checkpoints < 1:
                 raise ValueError(f"max_checkpoints must be a whole number of at least 1, not {max_checkpoints!r}")
