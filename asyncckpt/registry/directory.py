@@ -32,7 +32,7 @@ from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry import turns
 from asyncckpt.registry.backlog import Mirrored
 from asyncckpt.registry.files import CheckpointFiles, NameTakenError, Report
-from asyncckpt.registry.index import Index, IndexState
+from asyncckpt.registry.index import Index, IndexState, check_claim
 from asyncckpt.registry.recovery import Survey, describe_file, survey
 from asyncckpt.registry.registry import (
     PendingDelete,
@@ -101,7 +101,7 @@ class CheckpointDirectory:
         self._note_progress = note_progress
         self._files = CheckpointFiles(storage, path, report, note_progress)
         self._report = self._files.report
-        self._index = Index(storage, path, self._files, self._check_claim)
+        self._index = Index(storage, path, self._files)
 
         self._opening = threading.Lock()
         self._is_opening = False
@@ -439,7 +439,7 @@ class CheckpointDirectory:
             raise NameTakenError(f"{path} is pinned: it is not overwritten")
         if listed is None and version != "" and all(drop.name != name for drop in registry.pending_deletes):
             self._files.check_ours(path, registry.run_id)
-        self._check_claim()
+        check_claim(self._lock, self.path)
         return version
 
     def describe(self, info: CheckpointInfo) -> Mapping[str, object]:
@@ -457,7 +457,7 @@ class CheckpointDirectory:
         with self._writing:
             self.generation = next(_generations)
             before, registry = self._own_registry(), self._with(info)
-            self._check_claim()
+            check_claim(self._lock, self.path)
             if not self.is_open:
                 self._check_place(registry.run_id)
             if (info.sequence or 0) <= before.last_sequence:
@@ -470,7 +470,7 @@ class CheckpointDirectory:
                     self._note_doubtful(before, registry, info)
                     raise
                 self._registry, self._is_recorded = registry, False
-                self._index.commit(upload, registry)
+                self._index.commit(upload, registry, self._lock)
             except BaseException:
                 upload.abort()
                 raise
@@ -653,15 +653,8 @@ class CheckpointDirectory:
         return bare.keeping(kept), [info for info in bare.checkpoints if info.sequence not in kept]
 
     def _write(self, registry: Registry) -> None:
-        self._index.write(registry)
+        self._index.write(registry, self._lock)
         self._registry, self._is_recorded = registry, True
-
-    def _check_claim(self) -> None:
-        if self._lock is not None and self._lock.is_taken_over():
-            raise CheckpointWriteError(
-                f"{self.path} was taken over by another writer, which took this one for dead: nothing is written there "
-                "any more"
-            )
 
     def _link_best(self) -> None:
         """The registry is the truth; the link follows. Of a best one that somebody has deleted it learns here."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 from typing import NamedTuple
 
+from asyncckpt.errors import CheckpointWriteError
 from asyncckpt.naming import BEST_NAME, REGISTRY_NAME
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.files import CheckpointFiles
 from asyncckpt.registry.recovery import read_registry
 from asyncckpt.registry.registry import Registry, encode_registry
-from asyncckpt.storage.base import ConflictError, Storage, Upload
+from asyncckpt.storage.base import ConflictError, Lock, Storage, Upload
 
 
 class IndexState(NamedTuple):
@@ -23,17 +23,14 @@ class IndexState(NamedTuple):
 
 
 class Index:
-    """Writes them. For one thread at a time; all methods block, and raise OSError.
-
-    `check_claim` raises when the directory has another writer by now. Where storage has versions, nobody else's
-    registry is overwritten.
+    """Writes them, by whoever holds the directory's `lock`. For one thread at a time; all methods block, and raise
+    OSError. Where storage has versions, nobody else's registry is overwritten.
     """
 
-    def __init__(self, storage: Storage, path: str, files: CheckpointFiles, check_claim: Callable[[], None]) -> None:
+    def __init__(self, storage: Storage, path: str, files: CheckpointFiles) -> None:
         self._storage = storage
         self._directory = path
         self._files = files
-        self._check_claim = check_claim
         self._path, self._link_path = files.path_of(REGISTRY_NAME), files.path_of(BEST_NAME)
         self.state = IndexState()
 
@@ -58,7 +55,7 @@ class Index:
             raise
         return upload
 
-    def commit(self, upload: Upload, registry: Registry) -> None:
+    def commit(self, upload: Upload, registry: Registry, lock: Lock | None) -> None:
         """Durable on return. Raises `ConflictError` when another writer has written it."""
         try:
             upload.commit()
@@ -66,23 +63,23 @@ class Index:
             upload.close()
         except ConflictError:
             upload.abort()
-            self._overwrite(registry)
+            self._overwrite(registry, lock)
 
-    def write(self, registry: Registry) -> None:
+    def write(self, registry: Registry, lock: Lock | None) -> None:
         """Both in one act."""
         try:
             version = self._storage.replace(self._path, encode_registry(registry), expected=self.state.version)
             self.state = self.state._replace(version=version)
         except ConflictError:
-            self._overwrite(registry)
+            self._overwrite(registry, lock)
 
-    def _overwrite(self, registry: Registry) -> None:
+    def _overwrite(self, registry: Registry, lock: Lock | None) -> None:
         """The registry is not the one that we have written last. Nobody else may write it as long as we have the claim:
         it was removed, or a write of ours has arrived of which we had no answer.
         """
         version = self._storage.version(self._path)
         recorded, _ = read_registry(self._storage, self._directory)
-        self._check_claim()
+        check_claim(lock, self._directory)
         if recorded is not None and recorded.claim != registry.claim:
             raise ConflictError(errno.EEXIST, "another writer has written it in the same moment")
         written = self._storage.replace(self._path, encode_registry(registry), expected=version)
@@ -106,4 +103,13 @@ class Index:
         """Where files have versions it is looked up: a writer that was taken for dead may have renewed it since."""
         return best.sequence == self.state.linked_best and (
             not self.state.linked_version or self._storage.version(self._link_path) == self.state.linked_version
+        )
+
+
+def check_claim(lock: Lock | None, directory: str) -> None:
+    """Raise `CheckpointWriteError` when the directory has another writer by now."""
+    if lock is not None and lock.is_taken_over():
+        raise CheckpointWriteError(
+            f"{directory} was taken over by another writer, which took this one for dead: nothing is written there any "
+            "more"
         )
