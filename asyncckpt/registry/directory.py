@@ -300,7 +300,7 @@ class CheckpointDirectory:
             replace(info, damaged=info.damaged and self._files.is_bad(str(info.filepath)))
             for info in registry.checkpoints
         )
-        self._index.note_link(found.linked_best)
+        self._index.note_link(found)
         self._strangers = frozenset(found.strangers)
         self._sequences = itertools.count(max(next(self._sequences), registry.last_sequence + 1))
         registry = replace(registry, claim=self._lock.claim if self._lock is not None else "")
@@ -317,7 +317,7 @@ class CheckpointDirectory:
         """There is no best one yet, and something has the name of its link."""
         if found.linked_best is not None:
             self._report(logging.INFO, "recovered", BEST_NAME, f"no checkpoint has a {registry.monitor_metric}: kept")
-        elif problem := self._files.link_problem(registry.run_id):
+        elif problem := self._index.link_problem(registry.run_id):
             self._report(logging.WARNING, "recovered", BEST_NAME, f"the first best checkpoint will fail: {problem}")
 
     def _with_continued(self, found: Survey, registry: Registry) -> Registry:

@@ -59,27 +59,23 @@ class CheckpointFiles:
                 return
         raise NameTakenError(f"{path} is another file, not of this run: it is not overwritten; move it away")
 
-    def check_link(self, run_id: str) -> None:
-        """Raise `NameTakenError` if `best_model.pt` is somebody else's; a torn one of ours is not. Blocks."""
+    def check_link(self, run_id: str, *, was_linked: bool) -> None:
+        """Raise `NameTakenError` if `best_model.pt` is somebody else's; a damaged file is not, where there was a link.
+
+        Blocks; raises OSError.
+        """
         try:
             self.check_ours(self.path_of(BEST_NAME), run_id)
         except NameTakenError:
-            try:
-                describe_file(self._storage, self.path_of(BEST_NAME))
-            except CorruptCheckpointError:
-                if self._looks_like_a_checkpoint(BEST_NAME):
-                    return
-            raise
+            if not (self._is_damaged(BEST_NAME) and (was_linked or self._looks_like_a_checkpoint(BEST_NAME))):
+                raise
 
-    def link_problem(self, run_id: str) -> str:
-        """What `check_link` raises; "" if it does not, or can't be looked at."""
+    def _is_damaged(self, name: str) -> bool:
         try:
-            self.check_link(run_id)
-        except NameTakenError as error:
-            return str(error)
-        except OSError:
-            pass
-        return ""
+            describe_file(self._storage, self.path_of(name))
+        except CorruptCheckpointError:
+            return True
+        return False
 
     def problem(self, name: str) -> str:
         """What is wrong with a file; "" when it is whole. Reads all of it; raises OSError when it can't."""

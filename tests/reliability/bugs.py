@@ -17,6 +17,7 @@ from unittest import mock
 from asyncckpt import CheckpointInfo
 from asyncckpt.naming import BEST_NAME, CHECKPOINT_SUFFIX, REGISTRY_NAME, temporary_name
 from asyncckpt.registry import directory as directory_module
+from asyncckpt.registry import index as index_module
 from asyncckpt.registry.directory import CheckpointDirectory, Listing
 from asyncckpt.registry.files import CheckpointFiles
 from asyncckpt.registry.registry import Registry, encode_registry
@@ -253,7 +254,7 @@ def linked_by_name() -> AbstractContextManager[object]:
         best = directory._own_registry().best
         if best is not None and linked.get(directory.path) != str(best.filepath):
             linked[directory.path] = str(best.filepath)
-            directory._index.note_link(None)
+            directory._index.forget_link()
             _link_best(directory)
 
     return mock.patch.object(CheckpointDirectory, "_link_best", link_best)
@@ -283,7 +284,7 @@ BUGS: dict[str, Patch] = {
     "temporary files are never swept": patch(LocalStorage, "sweep", lambda storage, directory, **_: []),
     "readers sweep": patch(CheckpointDirectory, "read", reading_sweeps),
     "what is to be deleted is forgotten when it is dropped": patch(
-        directory_module, "encode_registry", encode_without_pending
+        index_module, "encode_registry", encode_without_pending
     ),
     "a delete that failed counts as done": patch(LocalStorage, "delete", delete_as_can_be),
     "retention drops the best": patch(directory_module, "retained", kept_by_policy_alone),
