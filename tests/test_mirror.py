@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -23,15 +26,17 @@ import asyncckpt
 from asyncckpt import CheckpointInfo, CheckpointManager, KeepLast, WaitTimeoutError, mirror_tier
 from asyncckpt.cli.listing import gather
 from asyncckpt.events import Event
-from asyncckpt.naming import REGISTRY_NAME
+from asyncckpt.naming import MIRROR_NOTE_NAME, REGISTRY_NAME
 from asyncckpt.registry.backlog import Mirrored
 from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.registry.mirror_note import NoteWriter, read_note
 from asyncckpt.registry.recovery import Survey
 from asyncckpt.registry.retention import RetentionPolicy
+from asyncckpt.service import mirror as mirror_service
 from asyncckpt.service import replicator
 from asyncckpt.service.mirror import ProcessCopier
 from asyncckpt.service.saver import WriterKind
+from asyncckpt.service.writer_process import WriterProcess
 from asyncckpt.storage.places import Places
 
 
@@ -183,6 +188,7 @@ def test_the_newest_valid_one_of_both_places(make: Make, tmp_path: Path) -> None
     assert model.number == 3
     loading.load(2, model)
     assert model.number == 2
+    assert {Path(event.path).parent for event in events} == {tmp_path / "here"}  # which was tried first
 
 
 @only_by_processes
@@ -192,7 +198,7 @@ def test_pins_hold_in_the_mirror_too(make: Make, reader: CheckpointManager) -> N
     save(manager, 1)
     manager.wait(60, tier="mirror")
     manager.pin(1)
-    manager.wait(60, tier="mirror")
+    wait_for(lambda: [info.pinned for info in reader.list_checkpoints()] == [True])
     for step in (2, 3):
         save(manager, step)
     manager.wait(60, tier="mirror")
@@ -474,6 +480,32 @@ def test_the_note_brings_no_removed_directory_back(make: Make, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    ("mirror", "mirrored", "problem", "is_since_then", "standing"),
+    [
+        ("s3://bucket/run", Mirrored(7, frozenset({5})), "no route", True, Mirrored(7, frozenset({5}))),
+        ("s3://bucket/run", Mirrored(9, frozenset({5})), "no route", True, Mirrored(9, frozenset({5}))),
+        ("s3://bucket/run", Mirrored(), "no route", True, Mirrored(7, frozenset({5}))),  # nothing is known by now
+        ("s3://bucket/run", Mirrored(), "no disk", False, Mirrored(7, frozenset({5}))),
+        ("s3://bucket/run", Mirrored(7), "", False, Mirrored(7)),
+        ("s3://bucket/other", Mirrored(), "no route", False, Mirrored()),  # another mirror
+    ],
+)
+def test_the_note_goes_on_with_what_it_said(
+    mirror: str, mirrored: Mirrored, problem: str, is_since_then: bool, standing: Mirrored, tmp_path: Path
+) -> None:
+    """In an earlier run: how far the mirror is, and since when the same problem keeps it behind."""
+    then = "2026-01-02T03:04:05+00:00"
+    note = {"mirror": "s3://bucket/run", "mirrored": 7, "lacking": [5], "problem": "no route", "since": then}
+    (tmp_path / MIRROR_NOTE_NAME).write_text(json.dumps(note))
+    (tmp_path / REGISTRY_NAME).touch()
+    NoteWriter(Places(), str(tmp_path), mirror).tell(mirrored, OSError(problem) if problem else None)
+    told = read_note(Places(), str(tmp_path))
+    assert told is not None
+    assert (told.mirror, told.standing, told.problem) == (mirror, standing, problem)
+    assert (told.since == then) is is_since_then
+
+
+@pytest.mark.parametrize(
     ("mirrored", "told"),
     [
         (Mirrored(7), Mirrored(7)),
@@ -489,6 +521,15 @@ def test_the_note_tells_what_is_lacking(mirrored: Mirrored, told: Mirrored, tmp_
     assert note.standing == told
 
 
+def test_the_note_of_long_texts_can_be_read(tmp_path: Path) -> None:
+    """They come from elsewhere."""
+    (tmp_path / REGISTRY_NAME).touch()
+    NoteWriter(Places(), str(tmp_path), f"s3://{'x' * 9000}").tell(Mirrored(7), OSError("\x1b" * 9000))
+    note = read_note(Places(), str(tmp_path))
+    assert note is not None
+    assert note.standing == Mirrored(7)
+
+
 @only_to_a_directory
 def test_closing_does_not_wait_for_a_mirror_that_is_down(make: Make, tmp_path: Path) -> None:
     down = Down(tmp_path)
@@ -499,8 +540,10 @@ def test_closing_does_not_wait_for_a_mirror_that_is_down(make: Make, tmp_path: P
 
 
 @only_to_a_directory
-def test_a_forked_child_waits_for_nothing(make: Make, reader: CheckpointManager) -> None:
-    """Whose mirror it is goes on."""
+def test_a_forked_child_waits_for_nothing(
+    make: Make, reader: CheckpointManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor does it complain; whose mirror it is goes on."""
     manager = make()
     save(manager, 1)
     manager.wait(60, tier="mirror")
@@ -508,7 +551,7 @@ def test_a_forked_child_waits_for_nothing(make: Make, reader: CheckpointManager)
     if child == 0:
         signal.alarm(20)
         manager.close()
-        os._exit(7)
+        os._exit(8 if "mirror" in caplog.text else 7)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     save(manager, 2)
     manager.wait(60, tier="mirror")
@@ -528,6 +571,23 @@ def test_closing_tries_once_more(make: Make, tmp_path: Path) -> None:
     assert arrival(handle, 0).global_step == 1
     with CheckpointManager(down.path) as reader:
         assert steps(reader) == [1]
+
+
+@pytest.mark.parametrize("kind", ["to a directory, by a thread"])
+def test_closing_does_not_wait_for_the_next_attempt(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may be a minute away."""
+    monkeypatch.setattr(replicator, "_FIRST_PAUSE_SECS", 3600.0)
+    monkeypatch.setattr(replicator, "_MAX_PAUSE_SECS", 3600.0)
+    down = Down(tmp_path)
+    failed = threading.Event()
+    manager = make(mirror=down.path, on_event=when_copying_fails(failed.set))
+    handle = save(manager, 1)
+    assert failed.wait(60)
+    down.up()
+    manager.close(60)
+    assert arrival(handle, 0).global_step == 1
 
 
 @only_to_a_directory
@@ -586,27 +646,33 @@ def silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @only_to_a_directory
-def test_the_first_save_asks_no_mirror(make: Make, silent: Path) -> None:
+def test_the_first_save_asks_no_mirror(
+    make: Make, silent: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """When there is something here, the run is known."""
+    monkeypatch.setattr(mirror_tier, "_MAX_LOOK_SECS", 0.1)
     first = make(mirror=None)
     save(first, 1).result(60)
     first.close(60)
     second = make(mirror=silent, stall_timeout_secs=300.0)
     save(second, 2).result(60)
+    assert "can't be looked at" not in caplog.text
     assert steps(second) == [1, 2]
     second.wait(60, tier="mirror")
 
 
 @only_to_a_directory
 def test_the_first_save_on_an_empty_disk_does_not_wait_for_a_silent_mirror(
-    make: Make, silent: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make: Make, silent: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """For long; that a new run begins is said loudly."""
+    """For long; that a new run begins is said loudly, and once, also when its directory is removed under it."""
     monkeypatch.setattr(mirror_tier, "_MAX_LOOK_SECS", 0.1)
     manager = make(mirror=silent, stall_timeout_secs=300.0)
     save(manager, 1).result(60)
     assert "a NEW run begins" in caplog.text
     save(manager, 2).result(60)
+    shutil.rmtree(tmp_path / "here")
+    save(manager, 3).result(60)
     assert caplog.text.count("a NEW run begins") == 1
 
 
@@ -642,6 +708,17 @@ def test_waiting_before_the_first_save(make: Make, reader: CheckpointManager) ->
 
 
 @only_to_a_directory
+def test_waiting_with_nothing_saved(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
+    """Makes no mirror, which would be one of no run."""
+    manager = make()
+    manager.wait(60, tier="mirror")
+    assert not (tmp_path / "there").exists()
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [1]
+
+
+@only_to_a_directory
 def test_pruning_goes_by_what_the_mirror_has_now(make: Make, reader: CheckpointManager) -> None:
     """Not by what it had at the last save; nor is everything kept, because nothing has been heard of it yet."""
     manager = make(max_checkpoints=5)
@@ -654,6 +731,23 @@ def test_pruning_goes_by_what_the_mirror_has_now(make: Make, reader: CheckpointM
     assert [info.global_step for info in again.prune(KeepLast(1), dry_run=True)] == [3, 4]
     assert [info.global_step for info in again.prune(KeepLast(1))] == [3, 4]
     assert steps(reader) == [1, 2, 3, 4, 5]
+
+
+@only_to_a_directory
+@pytest.mark.parametrize("is_down", [True, False], ids=["down", "another run's"])
+def test_pruning_when_the_mirror_has_nothing_to_say(make: Make, is_down: bool, tmp_path: Path) -> None:
+    """Of this run: nothing is known to be there."""
+    saved_without_mirror(make, 1, 2, 3)
+    mirror = Down(tmp_path).path if is_down else tmp_path / "other"
+    if not is_down:
+        other = make(mirror, mirror=None, max_checkpoints=3)
+        for step in (1, 2, 3):
+            save(other, step)
+        other.close(60)
+    manager = make(mirror=mirror)
+    assert manager.prune(KeepLast(1), dry_run=True) == []
+    assert manager.prune(KeepLast(1)) == []
+    assert steps(manager) == [1, 2, 3]
 
 
 @only_to_a_directory
@@ -701,6 +795,28 @@ def test_a_save_that_is_skipped_is_not_awaited(make: Make, monkeypatch: pytest.M
     manager.wait(60, tier="mirror")
 
 
+@pytest.mark.parametrize("kind", ["to a directory, by a thread"])
+def test_a_save_that_failed_here(make: Make, reader: CheckpointManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never comes to the mirror, by the same error; and is no loss of the mirror's."""
+    manager = make()
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+
+    def refuse(*arguments: object) -> CheckpointInfo:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(manager._directory, "record", refuse)
+        handle = save(manager, 2)
+        with pytest.raises(asyncckpt.CheckpointWriteError):
+            handle.result(60)
+    assert handle.mirrored is not None
+    assert handle.mirrored.exception(60) is handle.failure()
+    save(manager, 3)
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [1, 3]
+
+
 @only_to_a_directory
 def test_a_slow_callback_does_not_hold_up_the_mirror(make: Make) -> None:
     """It is told by the thread that has made the checkpoint durable."""
@@ -728,8 +844,9 @@ def test_what_makes_no_sense(make: Make, tmp_path: Path) -> None:
         manager.wait(tier="mirror")
     with pytest.raises(ValueError, match="tier must be"):
         manager.wait(tier="moon")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="mirror"):
-        make(mirror=tmp_path / "here")
+    for place in (tmp_path / "here", "s3://bucket/run"):
+        with pytest.raises(ValueError, match="another place"):
+            make(place, mirror=place)
 
 
 @only_to_a_directory
@@ -834,21 +951,22 @@ def stop_copying(manager: CheckpointManager) -> int:
 @only_to_a_directory
 def test_there_is_no_time_to_close(make: Make, reader: CheckpointManager) -> None:
     """The time-out counts once, and the process goes on alone."""
-    manager = make()
+    manager = make(max_checkpoints=9)
     save(manager, 1)
     manager.wait(60, tier="mirror")
     pid = stop_copying(manager)
     try:
-        handle = save(manager, 2)
+        handles = [save(manager, step) for step in range(2, 7)]
         started = time.monotonic()
         manager.close(4)
         assert time.monotonic() - started < 7
-        assert handle.mirrored is not None
-        with pytest.raises(asyncckpt.CheckpointError, match="not mirrored before the end"):
-            handle.mirrored.result(0)
+        for handle in handles:
+            assert handle.mirrored is not None
+            with pytest.raises(asyncckpt.CheckpointError, match="not mirrored before the end"):
+                handle.mirrored.result(0)
     finally:
         os.kill(pid, signal.SIGCONT)
-    wait_for(lambda: steps(reader) == [1, 2])
+    wait_for(lambda: steps(reader) == [1, 2, 3, 4, 5, 6])
     wait_for(lambda: not os.path.exists(f"/proc/{pid}"))
 
 
@@ -869,6 +987,17 @@ def test_leaving_what_is_lacking_to_the_process(make: Make, reader: CheckpointMa
         os.kill(pid, signal.SIGCONT)
     wait_for(lambda: steps(reader) == [1, 2])
     os.kill(pid, signal.SIGKILL)  # it would wait for the end of this process for some seconds
+
+
+@pytest.mark.parametrize("kind", ["to a directory, by a thread"])
+def test_there_is_no_process_to_leave_it_to(make: Make, reader: CheckpointManager) -> None:
+    """So nothing changes."""
+    manager = make()
+    manager.leave_to_writer()
+    save(manager, 1)
+    manager.leave_to_writer()
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [1]
 
 
 @only_to_a_directory
@@ -907,6 +1036,73 @@ for step in range(1, 4):
 """
     subprocess.run([sys.executable, "-c", source], check=True)
     assert steps(reader) == [1, 2, 3]
+
+
+def test_the_interpreter_waits_for_no_mirror_that_is_down(tmp_path: Path) -> None:
+    """It is tried once, and what it lacks is told of."""
+    source = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+import asyncckpt
+from torch import nn
+manager = asyncckpt.CheckpointManager(
+    {str(tmp_path / "here")!r}, mirror={str(Down(tmp_path).path)!r}, writer="thread", exit_timeout_secs=3600.0
+)
+manager.save(nn.Linear(20, 20), None, 1, 1)
+"""
+    ended = subprocess.run([sys.executable, "-c", source], check=True, timeout=60, capture_output=True, text=True)
+    assert "at exit: the mirror lacks some checkpoints" in ended.stderr
+
+
+def refuse_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(module: str) -> WriterProcess:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(mirror_service, "WriterProcess", refuse)
+
+
+@only_to_a_directory
+def test_no_process_can_be_started(
+    make: Make, reader: CheckpointManager, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A thread copies in its place, which is said."""
+    refuse_processes(monkeypatch)
+    manager = make()
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [1]
+    assert "no more processes: a thread copies to the mirror" in caplog.text
+
+
+def test_a_mirror_that_no_other_process_finds(tmp_path: Path) -> None:
+    """A thread copies there."""
+    place = f"memory://{secrets.token_hex(4)}"
+    with CheckpointManager(tmp_path / "here", mirror=place) as manager:
+        save(manager, 1)
+        manager.wait(60, tier="mirror")
+    with CheckpointManager(place) as reader:
+        assert steps(reader) == [1]
+
+
+@only_to_a_directory
+def test_the_process_is_killed_and_no_other_can_be_started(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for ever for what it does not bring."""
+    monkeypatch.setattr(mirror_service, "_FIRST_PAUSE_SECS", 0.01)
+    monkeypatch.setattr(mirror_service, "_MAX_PAUSE_SECS", 0.01)
+    manager = make()
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+    assert manager._mirror is not None
+    copier = manager._mirror.running()._copier
+    assert isinstance(copier, ProcessCopier)
+    assert copier.pid is not None
+    refuse_processes(monkeypatch)
+    os.kill(copier.pid, signal.SIGKILL)
+    handle = save(manager, 2)
+    manager.close()
+    assert handle.mirrored is not None
+    with pytest.raises(asyncckpt.CheckpointError, match="before the end: no more processes"):
+        handle.mirrored.result(0)
 
 
 @only_to_a_directory
