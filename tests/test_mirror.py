@@ -122,7 +122,9 @@ def steps(manager: CheckpointManager) -> list[int | None]:
     return [info.global_step for info in manager.list_checkpoints()]
 
 
-def test_everything_comes_to_the_mirror(make: Make, reader: CheckpointManager) -> None:
+def test_everything_comes_to_the_mirror(
+    make: Make, reader: CheckpointManager, caplog: pytest.LogCaptureFixture
+) -> None:
     """With a registry, a retention and a best link of its own."""
     manager = make(mirror_retention=KeepLast(3))
     handles = [save(manager, step, 1 / step) for step in range(1, 6)]
@@ -135,6 +137,7 @@ def test_everything_comes_to_the_mirror(make: Make, reader: CheckpointManager) -
     save(manager, 6)
     manager.wait(60)
     assert steps(manager) == [5, 6]
+    assert "mirror" not in caplog.text  # nothing to complain of
 
 
 def test_an_empty_disk_goes_on_with_the_mirrors_run(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
