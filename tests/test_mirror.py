@@ -499,13 +499,16 @@ def test_the_note_goes_on_with_what_it_said(
     """In an earlier run: how far the mirror is, and since when the same problem keeps it behind."""
     then = "2026-01-02T03:04:05+00:00"
     note = {"mirror": "s3://bucket/run", "mirrored": 7, "lacking": [5], "problem": "no route", "since": then}
-    (tmp_path / MIRROR_NOTE_NAME).write_text(json.dumps(note))
+    path = tmp_path / MIRROR_NOTE_NAME
+    path.write_text(json.dumps(note))
+    earlier, file = read_note(Places(), str(tmp_path)), path.stat().st_ino
     (tmp_path / REGISTRY_NAME).touch()
     NoteWriter(Places(), str(tmp_path), mirror).tell(mirrored, OSError(problem) if problem else None)
     told = read_note(Places(), str(tmp_path))
     assert told is not None
     assert (told.mirror, told.standing, told.problem) == (mirror, standing, problem)
     assert (told.since == then) is is_since_then
+    assert (path.stat().st_ino == file) is (told == earlier)  # written only if something has changed
 
 
 @pytest.mark.parametrize(
@@ -1014,9 +1017,11 @@ def test_pokes_never_wait(make: Make, reader: CheckpointManager) -> None:
     mirror = manager._mirror.running()
     poking = threading.Thread(target=lambda: [mirror.poke() for _ in range(20_000)], daemon=True)
     poking.start()
-    poking.join(30)
-    assert not poking.is_alive()
-    os.kill(pid, signal.SIGCONT)
+    try:
+        poking.join(30)
+        assert not poking.is_alive()
+    finally:
+        os.kill(pid, signal.SIGCONT)
     save(manager, 2)
     manager.wait(60, tier="mirror")
     assert steps(reader) == [1, 2]

@@ -326,6 +326,28 @@ class TestReplica:
         self.catch_up(replica)
         assert [info.pinned for info in target.own_registry.checkpoints] == [False, True, False]
 
+    def test_one_that_was_unpinned_and_dropped(self, source: Writer, target: CheckpointDirectory) -> None:
+        """In the source, all since the last look: in the replica it is pinned no more. One that is only gone is."""
+        replica = Replica(source.directory, target)
+        for step in (1, 2, 3):
+            source.save(step)
+        source.directory.pin(1)
+        source.directory.pin(2)
+        self.catch_up(replica)
+        source.directory.unpin(1)
+        source.directory.prune(KeepLast(1))
+        source.save(4)
+        self.catch_up(replica)
+        assert [info.pinned for info in target.own_registry.checkpoints] == [False, True, False, False]
+        source.storage.delete([source.directory.path_of(checkpoint_name(1, 2, {}))])
+        replica = Replica(source.directory, target)
+        self.catch_up(replica)
+        assert [info.pinned for info in target.own_registry.checkpoints] == [False, True, False, False]
+        target.unpin(2)
+        target.prune(KeepLast(1))
+        self.catch_up(replica)
+        assert not target.own_registry.followed_pins  # of what is there no more nothing is remembered
+
     def test_a_crash_while_an_older_one_arrives(
         self, source: Writer, target: CheckpointDirectory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -433,6 +455,19 @@ def test_what_waits_for_the_mirror_is_kept_up_to_the_backlog(tmp_path: Path, cap
     writer.begin(5, num_bytes=1 << 20)()
     assert writer.steps == [5]
     assert caplog.text.count("bytes wait for the mirror") == 4
+    writer.close()
+
+
+def test_pruning_what_waits_for_the_mirror(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Beyond the backlog; it is told of as when saving drops it."""
+    writer = Writer(LocalStorage(), str(tmp_path / "run"), tmp_path)
+    for step in (1, 2, 3, 4):
+        writer.save(step)
+    writer.directory.mirrored = Mirrored(4, frozenset({1, 3}))
+    writer.directory.prune(KeepLast(1))
+    assert writer.steps == [4]
+    told = [line for line in caplog.text.splitlines() if "dropped before it was mirrored" in line]
+    assert [step for step in (1, 2, 3, 4) for line in told if checkpoint_name(1, step, {}) in line] == [1, 3]
     writer.close()
 
 
