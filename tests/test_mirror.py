@@ -314,6 +314,19 @@ def test_no_improvement_on_the_mirrors_best(make: Make, has_loaded: bool, tmp_pa
     assert second.save(Filled(3), None, 1, 3, val_loss=0.1) is not None
 
 
+@only_by_processes
+def test_another_runs_best_counts_for_nothing(make: Make, tmp_path: Path) -> None:
+    first = make()
+    save(first, 1, 0.1)
+    first.close(60)
+    other = make(tmp_path / "other", mirror=None)
+    save(other, 1, 0.5)
+    other.close(60)
+    second = make(tmp_path / "other", save_best_only=True)
+    second.load_latest(Filled())
+    assert second.save(Filled(2), None, 1, 2, val_loss=0.3) is not None
+
+
 @pytest.mark.parametrize("kind", ["to S3"])
 @pytest.mark.parametrize("writer", ["auto", "thread"])
 def test_each_place_has_its_options(there: tuple[str, dict[str, Any]], writer: WriterKind, tmp_path: Path) -> None:
@@ -562,6 +575,13 @@ def test_a_forked_child_waits_for_nothing(
     save(manager, 2)
     manager.wait(60, tier="mirror")
     assert steps(reader) == [1, 2]
+
+
+@only_to_a_directory
+def test_the_end_of_a_with_block_closes_the_mirror(make: Make) -> None:
+    with make() as manager:
+        handle = save(manager, 1)
+    assert arrival(handle, 0).global_step == 1
 
 
 @only_to_a_directory
