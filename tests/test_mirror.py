@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -138,6 +139,15 @@ def test_everything_comes_to_the_mirror(
     manager.wait(60)
     assert steps(manager) == [5, 6]
     assert "mirror" not in caplog.text  # nothing to complain of
+
+
+def test_the_best_one_there(make: Make, reader: CheckpointManager) -> None:
+    """By the same metric, and kept besides."""
+    manager = make(monitor_metric="accuracy", monitor_mode="max", mirror_retention=KeepLast(1))
+    for step, accuracy in ((1, 0.9), (2, 0.5)):
+        manager.save(Filled(step), None, 1, step, val_loss=step, val_metrics={"accuracy": accuracy})
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [1, 2]
 
 
 def test_an_empty_disk_goes_on_with_the_mirrors_run(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
@@ -578,10 +588,13 @@ def test_a_forked_child_waits_for_nothing(
 
 
 @only_to_a_directory
-def test_the_end_of_a_with_block_closes_the_mirror(make: Make) -> None:
+def test_the_end_of_a_with_block_closes_the_mirror(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """To close it once more changes nothing."""
     with make() as manager:
         handle = save(manager, 1)
     assert arrival(handle, 0).global_step == 1
+    manager.close()
+    assert "mirror" not in caplog.text
 
 
 @only_to_a_directory
@@ -617,14 +630,31 @@ def test_closing_does_not_wait_for_the_next_attempt(
 
 
 @only_to_a_directory
-def test_what_is_not_mirrored_when_it_is_closed_never_is(make: Make, tmp_path: Path) -> None:
-    """Whoever waits for that is told."""
+def test_closing_ends_waiting(make: Make, tmp_path: Path) -> None:
+    """For a mirror that is down, in another thread."""
+    manager = make(mirror=Down(tmp_path).path)
+    save(manager, 1)
+    assert manager._mirror is not None
+    mirror, waited = manager._mirror.running(), list[bool]()
+    waiting = threading.Thread(target=lambda: waited.append(mirror.wait(None)), daemon=True)
+    waiting.start()
+    manager.close()
+    waiting.join(60)
+    assert waited == [False]
+
+
+@only_to_a_directory
+def test_what_is_not_mirrored_when_it_is_closed_never_is(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever waits for that is told, and whoever reads the log."""
     manager = make(mirror=Down(tmp_path).path)
     handle = save(manager, 1)
     manager.close()
     assert handle.mirrored is not None
     with pytest.raises(asyncckpt.CheckpointError, match=r"not mirrored before the end: .*[Nn]ot a directory"):
         handle.mirrored.result(0)
+    assert re.search(r"the mirror lacks some checkpoints: .*[Nn]ot a directory", caplog.text)
 
 
 def test_a_manager_that_is_dropped(make: Make, kind: str, there: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
@@ -693,9 +723,15 @@ def test_the_first_save_on_an_empty_disk_does_not_wait_for_a_silent_mirror(
 ) -> None:
     """For long; that a new run begins is said loudly, and once, also when its directory is removed under it."""
     monkeypatch.setattr(mirror_tier, "_MAX_LOOK_SECS", 0.1)
-    manager = make(mirror=silent, stall_timeout_secs=300.0)
+    said = threading.Event()
+    manager = make(
+        mirror=silent,
+        stall_timeout_secs=300.0,
+        on_event=lambda event: said.set() if "new run begins" in event.detail else None,
+    )
     save(manager, 1).result(60)
     assert "a NEW run begins" in caplog.text
+    assert said.wait(60)
     save(manager, 2).result(60)
     shutil.rmtree(tmp_path / "here")
     save(manager, 3).result(60)
@@ -745,18 +781,43 @@ def test_waiting_with_nothing_saved(make: Make, reader: CheckpointManager, tmp_p
 
 
 @only_to_a_directory
-def test_pruning_goes_by_what_the_mirror_has_now(make: Make, reader: CheckpointManager) -> None:
+def test_pruning_goes_by_what_the_mirror_has_now(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
     """Not by what it had at the last save; nor is everything kept, because nothing has been heard of it yet."""
     manager = make(max_checkpoints=5)
     for step in range(1, 6):
         save(manager, step)
     manager.wait(60, tier="mirror")
+    (tmp_path / "there").rename(tmp_path / "away")  # it does not matter whether it answers just now
+    assert [info.global_step for info in manager.prune(KeepLast(3), dry_run=True)] == [1, 2]
+    (tmp_path / "away").rename(tmp_path / "there")
     assert [info.global_step for info in manager.prune(KeepLast(3))] == [1, 2]
     manager.close(60)
     again = make(max_checkpoints=5)
     assert [info.global_step for info in again.prune(KeepLast(1), dry_run=True)] == [3, 4]
+    pid = stop_copying(again)
+    try:
+        assert [info.global_step for info in again.prune(KeepLast(1), dry_run=True)] == [3, 4]
+    finally:
+        os.kill(pid, signal.SIGCONT)
     assert [info.global_step for info in again.prune(KeepLast(1))] == [3, 4]
     assert steps(reader) == [1, 2, 3, 4, 5]
+
+
+@only_to_a_directory
+@pytest.mark.parametrize(("mirror_retention", "dropped"), [(KeepLast(9), [1]), (KeepLast(1), [1, 2])])
+def test_pruning_keeps_what_is_still_to_be_mirrored(
+    make: Make, mirror_retention: RetentionPolicy, dropped: list[int]
+) -> None:
+    """And not what the mirror would delete at once."""
+    first = make()
+    save(first, 1)
+    first.close(60)
+    alone = make(mirror=None, max_checkpoints=3)
+    for step in (2, 3):
+        save(alone, step)
+    alone.close(60)
+    manager = make(mirror_retention=mirror_retention)
+    assert [info.global_step for info in manager.prune(KeepLast(1), dry_run=True)] == dropped
 
 
 @only_to_a_directory
@@ -1066,15 +1127,21 @@ for step in range(1, 4):
     assert steps(reader) == [1, 2, 3]
 
 
-def test_the_interpreter_waits_for_no_mirror_that_is_down(tmp_path: Path) -> None:
-    """It is tried once, and what it lacks is told of."""
+@pytest.mark.parametrize(
+    ("is_down", "exit_timeout_secs"), [(True, 3600.0), (False, 0.1)], ids=["that is down", "that takes its time"]
+)
+def test_the_interpreter_does_not_wait_for_a_mirror(is_down: bool, exit_timeout_secs: float, tmp_path: Path) -> None:
+    """What it lacks is told of."""
+    place = Down(tmp_path).path if is_down else tmp_path / "there"
     source = f"""
-import sys
+import sys, time
 sys.path[:0] = {sys.path!r}
 import asyncckpt
+from asyncckpt.registry.replication import Replica
 from torch import nn
+Replica.copy = lambda *arguments: time.sleep(3600)
 manager = asyncckpt.CheckpointManager(
-    {str(tmp_path / "here")!r}, mirror={str(Down(tmp_path).path)!r}, writer="thread", exit_timeout_secs=3600.0
+    {str(tmp_path / "here")!r}, mirror={str(place)!r}, writer="thread", exit_timeout_secs={exit_timeout_secs}
 )
 manager.save(nn.Linear(20, 20), None, 1, 1)
 """
