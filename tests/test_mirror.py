@@ -587,11 +587,14 @@ def test_a_forked_child_waits_for_nothing(
     assert steps(reader) == [1, 2]
 
 
-@only_to_a_directory
-def test_the_end_of_a_with_block_closes_the_mirror(make: Make, caplog: pytest.LogCaptureFixture) -> None:
-    """To close it once more changes nothing."""
+@pytest.mark.parametrize("kind", ["to a directory", "to a directory, by a thread"])
+def test_the_end_of_a_with_block_closes_the_mirror(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whose place is free then. To close it once more changes nothing."""
     with make() as manager:
         handle = save(manager, 1)
+    assert not Places().is_locked(str(tmp_path / "there"))
     assert arrival(handle, 0).global_step == 1
     manager.close()
     assert "mirror" not in caplog.text

@@ -161,7 +161,7 @@ def test_a_hurry_waits_for_no_pause(
 def test_a_commit_that_seemed_to_fail(
     source: Writer, target: CheckpointDirectory, heard: Heard, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Is there once it can be listed, and counts as mirrored. What keeps it waiting is told once."""
+    """Is there once it can be listed, and counts as mirrored. That, and what kept it waiting, is told once."""
     monkeypatch.setattr(replicator, "_FIRST_PAUSE_SECS", 0.01)
     monkeypatch.setattr(replicator, "_MAX_PAUSE_SECS", 0.01)
     source.save(1)
@@ -170,6 +170,8 @@ def test_a_commit_that_seemed_to_fail(
         running.poke(1)
         wait_for(lambda: heard.num_failures >= 3)
     wait_for(lambda: heard.caught_up_with == 1)
+    running.poke(2)
+    wait_for(lambda: heard.caught_up_with == 2)
     assert heard.copies == [1]
     assert heard.events == ["mirror_failed", "mirrored"]
 
@@ -218,11 +220,14 @@ class Fickle(RetentionPolicy):
 def test_a_policy_that_wants_what_it_drops(
     source: Writer, target: CheckpointDirectory, heard: Heard, start: Start
 ) -> None:
-    """Has it copied a few times, not for ever."""
+    """Has it copied a few times, not for ever; what is passed over is told once."""
     target.retention = Fickle()
     for step in (1, 2, 3):
         source.save(step)
-    start().poke(1)
+    running = start()
+    running.poke(1)
     wait_for(lambda: heard.caught_up_with == 1)
+    running.poke(2)
+    wait_for(lambda: heard.caught_up_with == 2)
     assert heard.copies == [3, 1, 1, 1]
     assert heard.passed == [2]
