@@ -32,6 +32,7 @@ from asyncckpt.registry.backlog import Mirrored
 from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.registry.mirror_note import NoteWriter, read_note
 from asyncckpt.registry.recovery import Survey
+from asyncckpt.registry.replication import Replica
 from asyncckpt.registry.retention import RetentionPolicy
 from asyncckpt.service import mirror as mirror_service
 from asyncckpt.service import replicator
@@ -419,8 +420,8 @@ def when_copying_fails(act: Callable[[], object]) -> Callable[[Event], object]:
     return lambda event: act() if event.kind == "mirror_failed" and "new run begins" not in event.detail else None
 
 
-def test_a_mirror_that_is_down_holds_up_nothing(make: Make, tmp_path: Path) -> None:
-    """What it lacks is kept here, up to the backlog, and brought there once it is up."""
+def test_a_mirror_that_is_down_holds_up_nothing(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What it lacks is kept here, up to the backlog, and brought there once it is up; the log says so."""
     down = Down(tmp_path)
     failed = threading.Event()
     manager = make(
@@ -434,6 +435,7 @@ def test_a_mirror_that_is_down_holds_up_nothing(make: Make, tmp_path: Path) -> N
     assert steps(manager) == [1, 2, 3, 4, 5]
     with pytest.raises(WaitTimeoutError, match=r"mirror does not have everything yet: .*[Nn]ot a directory"):
         manager.wait(0.2, tier="mirror")
+    wait_for(lambda: "the mirror does not take anything at the moment" in caplog.text)
     down.up()
     manager.wait(60, tier="mirror")
     with CheckpointManager(down.path) as reader:
@@ -979,6 +981,27 @@ def test_a_policy_that_fails_is_a_problem_of_the_mirror(make: Make) -> None:
         manager.wait(0.1, tier="mirror")
     manager.close()
     assert steps(manager) == [1]
+
+
+@pytest.mark.xfail(strict=True, reason="it counts as dropped before it was mirrored")
+@pytest.mark.parametrize("kind", ["to a directory", "to a directory, by a thread"])
+def test_one_that_an_earlier_process_has_brought(
+    make: Make, reader: CheckpointManager, there: tuple[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Which still copies when the trainer is started again: the new one's checkpoint is mirrored, and no loss."""
+    saved_without_mirror(make, 1)
+    source = CheckpointDirectory(str(tmp_path / "here"), Places())
+    earlier = Replica(source, CheckpointDirectory(there[0], Places(), retention=KeepLast(9)))
+    earlier.look(without=())
+    manager = make()
+    handle = save(manager, 2)
+    handle.result(60)
+    for info in earlier.look(without=()).wanted:
+        earlier.copy(info)
+    earlier.close()
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [1, 2]
+    assert arrival(handle).global_step == 2
 
 
 # --- the process that copies ---
