@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -23,15 +27,18 @@ import asyncckpt
 from asyncckpt import CheckpointInfo, CheckpointManager, KeepLast, WaitTimeoutError, mirror_tier
 from asyncckpt.cli.listing import gather
 from asyncckpt.events import Event
-from asyncckpt.naming import REGISTRY_NAME
+from asyncckpt.naming import MIRROR_NOTE_NAME, REGISTRY_NAME
 from asyncckpt.registry.backlog import Mirrored
 from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.registry.mirror_note import NoteWriter, read_note
 from asyncckpt.registry.recovery import Survey
+from asyncckpt.registry.replication import Replica
 from asyncckpt.registry.retention import RetentionPolicy
+from asyncckpt.service import mirror as mirror_service
 from asyncckpt.service import replicator
 from asyncckpt.service.mirror import ProcessCopier
 from asyncckpt.service.options import WriterKind
+from asyncckpt.service.writer_process import WriterProcess
 from asyncckpt.storage.places import Places
 
 
@@ -117,7 +124,9 @@ def steps(manager: CheckpointManager) -> list[int | None]:
     return [info.global_step for info in manager.list_checkpoints()]
 
 
-def test_everything_comes_to_the_mirror(make: Make, reader: CheckpointManager) -> None:
+def test_everything_comes_to_the_mirror(
+    make: Make, reader: CheckpointManager, caplog: pytest.LogCaptureFixture
+) -> None:
     """With a registry, a retention and a best link of its own."""
     manager = make(mirror_retention=KeepLast(3))
     handles = [save(manager, step, 1 / step) for step in range(1, 6)]
@@ -130,6 +139,16 @@ def test_everything_comes_to_the_mirror(make: Make, reader: CheckpointManager) -
     save(manager, 6)
     manager.wait(60)
     assert steps(manager) == [5, 6]
+    assert "mirror" not in caplog.text  # nothing to complain of
+
+
+def test_the_best_one_there(make: Make, reader: CheckpointManager) -> None:
+    """By the same metric, and kept besides."""
+    manager = make(monitor_metric="accuracy", monitor_mode="max", mirror_retention=KeepLast(1))
+    for step, accuracy in ((1, 0.9), (2, 0.5)):
+        manager.save(Filled(step), None, 1, step, val_loss=step, val_metrics={"accuracy": accuracy})
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [1, 2]
 
 
 def test_an_empty_disk_goes_on_with_the_mirrors_run(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
@@ -183,6 +202,7 @@ def test_the_newest_valid_one_of_both_places(make: Make, tmp_path: Path) -> None
     assert model.number == 3
     loading.load(2, model)
     assert model.number == 2
+    assert {Path(event.path).parent for event in events} == {tmp_path / "here"}  # which was tried first
 
 
 @only_by_processes
@@ -192,7 +212,7 @@ def test_pins_hold_in_the_mirror_too(make: Make, reader: CheckpointManager) -> N
     save(manager, 1)
     manager.wait(60, tier="mirror")
     manager.pin(1)
-    manager.wait(60, tier="mirror")
+    wait_for(lambda: [info.pinned for info in reader.list_checkpoints()] == [True])
     for step in (2, 3):
         save(manager, step)
     manager.wait(60, tier="mirror")
@@ -305,6 +325,19 @@ def test_no_improvement_on_the_mirrors_best(make: Make, has_loaded: bool, tmp_pa
     assert second.save(Filled(3), None, 1, 3, val_loss=0.1) is not None
 
 
+@only_by_processes
+def test_another_runs_best_counts_for_nothing(make: Make, tmp_path: Path) -> None:
+    first = make()
+    save(first, 1, 0.1)
+    first.close(60)
+    other = make(tmp_path / "other", mirror=None)
+    save(other, 1, 0.5)
+    other.close(60)
+    second = make(tmp_path / "other", save_best_only=True)
+    second.load_latest(Filled())
+    assert second.save(Filled(2), None, 1, 2, val_loss=0.3) is not None
+
+
 @pytest.mark.parametrize("kind", ["to S3"])
 @pytest.mark.parametrize("writer", ["auto", "thread"])
 def test_each_place_has_its_options(there: tuple[str, dict[str, Any]], writer: WriterKind, tmp_path: Path) -> None:
@@ -387,8 +420,8 @@ def when_copying_fails(act: Callable[[], object]) -> Callable[[Event], object]:
     return lambda event: act() if event.kind == "mirror_failed" and "new run begins" not in event.detail else None
 
 
-def test_a_mirror_that_is_down_holds_up_nothing(make: Make, tmp_path: Path) -> None:
-    """What it lacks is kept here, up to the backlog, and brought there once it is up."""
+def test_a_mirror_that_is_down_holds_up_nothing(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What it lacks is kept here, up to the backlog, and brought there once it is up; the log says so."""
     down = Down(tmp_path)
     failed = threading.Event()
     manager = make(
@@ -402,6 +435,7 @@ def test_a_mirror_that_is_down_holds_up_nothing(make: Make, tmp_path: Path) -> N
     assert steps(manager) == [1, 2, 3, 4, 5]
     with pytest.raises(WaitTimeoutError, match=r"mirror does not have everything yet: .*[Nn]ot a directory"):
         manager.wait(0.2, tier="mirror")
+    wait_for(lambda: "the mirror does not take anything at the moment" in caplog.text)
     down.up()
     manager.wait(60, tier="mirror")
     with CheckpointManager(down.path) as reader:
@@ -474,6 +508,35 @@ def test_the_note_brings_no_removed_directory_back(make: Make, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    ("mirror", "mirrored", "problem", "is_since_then", "standing"),
+    [
+        ("s3://bucket/run", Mirrored(7, frozenset({5})), "no route", True, Mirrored(7, frozenset({5}))),
+        ("s3://bucket/run", Mirrored(9, frozenset({5})), "no route", True, Mirrored(9, frozenset({5}))),
+        ("s3://bucket/run", Mirrored(), "no route", True, Mirrored(7, frozenset({5}))),  # nothing is known by now
+        ("s3://bucket/run", Mirrored(), "no disk", False, Mirrored(7, frozenset({5}))),
+        ("s3://bucket/run", Mirrored(7), "", False, Mirrored(7)),
+        ("s3://bucket/other", Mirrored(), "no route", False, Mirrored()),  # another mirror
+    ],
+)
+def test_the_note_goes_on_with_what_it_said(
+    mirror: str, mirrored: Mirrored, problem: str, is_since_then: bool, standing: Mirrored, tmp_path: Path
+) -> None:
+    """In an earlier run: how far the mirror is, and since when the same problem keeps it behind."""
+    then = "2026-01-02T03:04:05+00:00"
+    note = {"mirror": "s3://bucket/run", "mirrored": 7, "lacking": [5], "problem": "no route", "since": then}
+    path = tmp_path / MIRROR_NOTE_NAME
+    path.write_text(json.dumps(note))
+    earlier, file = read_note(Places(), str(tmp_path)), path.stat().st_ino
+    (tmp_path / REGISTRY_NAME).touch()
+    NoteWriter(Places(), str(tmp_path), mirror).tell(mirrored, OSError(problem) if problem else None)
+    told = read_note(Places(), str(tmp_path))
+    assert told is not None
+    assert (told.mirror, told.standing, told.problem) == (mirror, standing, problem)
+    assert (told.since == then) is is_since_then
+    assert (path.stat().st_ino == file) is (told == earlier)  # written only if something has changed
+
+
+@pytest.mark.parametrize(
     ("mirrored", "told"),
     [
         (Mirrored(7), Mirrored(7)),
@@ -489,6 +552,15 @@ def test_the_note_tells_what_is_lacking(mirrored: Mirrored, told: Mirrored, tmp_
     assert note.standing == told
 
 
+def test_the_note_of_long_texts_can_be_read(tmp_path: Path) -> None:
+    """They come from elsewhere."""
+    (tmp_path / REGISTRY_NAME).touch()
+    NoteWriter(Places(), str(tmp_path), f"s3://{'x' * 9000}").tell(Mirrored(7), OSError("\x1b" * 9000))
+    note = read_note(Places(), str(tmp_path))
+    assert note is not None
+    assert note.standing == Mirrored(7)
+
+
 @only_to_a_directory
 def test_closing_does_not_wait_for_a_mirror_that_is_down(make: Make, tmp_path: Path) -> None:
     down = Down(tmp_path)
@@ -499,8 +571,10 @@ def test_closing_does_not_wait_for_a_mirror_that_is_down(make: Make, tmp_path: P
 
 
 @only_to_a_directory
-def test_a_forked_child_waits_for_nothing(make: Make, reader: CheckpointManager) -> None:
-    """Whose mirror it is goes on."""
+def test_a_forked_child_waits_for_nothing(
+    make: Make, reader: CheckpointManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor does it complain; whose mirror it is goes on."""
     manager = make()
     save(manager, 1)
     manager.wait(60, tier="mirror")
@@ -508,11 +582,24 @@ def test_a_forked_child_waits_for_nothing(make: Make, reader: CheckpointManager)
     if child == 0:
         signal.alarm(20)
         manager.close()
-        os._exit(7)
+        os._exit(8 if "mirror" in caplog.text else 7)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     save(manager, 2)
     manager.wait(60, tier="mirror")
     assert steps(reader) == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["to a directory", "to a directory, by a thread"])
+def test_the_end_of_a_with_block_closes_the_mirror(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whose place is free then. To close it once more changes nothing."""
+    with make() as manager:
+        handle = save(manager, 1)
+    assert not Places().is_locked(str(tmp_path / "there"))
+    assert arrival(handle, 0).global_step == 1
+    manager.close()
+    assert "mirror" not in caplog.text
 
 
 @only_to_a_directory
@@ -530,15 +617,49 @@ def test_closing_tries_once_more(make: Make, tmp_path: Path) -> None:
         assert steps(reader) == [1]
 
 
+@pytest.mark.parametrize("kind", ["to a directory, by a thread"])
+def test_closing_does_not_wait_for_the_next_attempt(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may be a minute away."""
+    monkeypatch.setattr(replicator, "_FIRST_PAUSE_SECS", 3600.0)
+    monkeypatch.setattr(replicator, "_MAX_PAUSE_SECS", 3600.0)
+    down = Down(tmp_path)
+    failed = threading.Event()
+    manager = make(mirror=down.path, on_event=when_copying_fails(failed.set))
+    handle = save(manager, 1)
+    assert failed.wait(60)
+    down.up()
+    manager.close(60)
+    assert arrival(handle, 0).global_step == 1
+
+
 @only_to_a_directory
-def test_what_is_not_mirrored_when_it_is_closed_never_is(make: Make, tmp_path: Path) -> None:
-    """Whoever waits for that is told."""
+def test_closing_ends_waiting(make: Make, tmp_path: Path) -> None:
+    """For a mirror that is down, in another thread."""
+    manager = make(mirror=Down(tmp_path).path)
+    save(manager, 1)
+    assert manager._mirror is not None
+    mirror, waited = manager._mirror.running(), list[bool]()
+    waiting = threading.Thread(target=lambda: waited.append(mirror.wait(None)), daemon=True)
+    waiting.start()
+    manager.close()
+    waiting.join(60)
+    assert waited == [False]
+
+
+@only_to_a_directory
+def test_what_is_not_mirrored_when_it_is_closed_never_is(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever waits for that is told, and whoever reads the log."""
     manager = make(mirror=Down(tmp_path).path)
     handle = save(manager, 1)
     manager.close()
     assert handle.mirrored is not None
     with pytest.raises(asyncckpt.CheckpointError, match=r"not mirrored before the end: .*[Nn]ot a directory"):
         handle.mirrored.result(0)
+    assert re.search(r"the mirror lacks some checkpoints: .*[Nn]ot a directory", caplog.text)
 
 
 def test_a_manager_that_is_dropped(make: Make, kind: str, there: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
@@ -586,27 +707,39 @@ def silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @only_to_a_directory
-def test_the_first_save_asks_no_mirror(make: Make, silent: Path) -> None:
+def test_the_first_save_asks_no_mirror(
+    make: Make, silent: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """When there is something here, the run is known."""
+    monkeypatch.setattr(mirror_tier, "_MAX_LOOK_SECS", 0.1)
     first = make(mirror=None)
     save(first, 1).result(60)
     first.close(60)
     second = make(mirror=silent, stall_timeout_secs=300.0)
     save(second, 2).result(60)
+    assert "can't be looked at" not in caplog.text
     assert steps(second) == [1, 2]
     second.wait(60, tier="mirror")
 
 
 @only_to_a_directory
 def test_the_first_save_on_an_empty_disk_does_not_wait_for_a_silent_mirror(
-    make: Make, silent: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make: Make, silent: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """For long; that a new run begins is said loudly."""
+    """For long; that a new run begins is said loudly, and once, also when its directory is removed under it."""
     monkeypatch.setattr(mirror_tier, "_MAX_LOOK_SECS", 0.1)
-    manager = make(mirror=silent, stall_timeout_secs=300.0)
+    said = threading.Event()
+    manager = make(
+        mirror=silent,
+        stall_timeout_secs=300.0,
+        on_event=lambda event: said.set() if "new run begins" in event.detail else None,
+    )
     save(manager, 1).result(60)
     assert "a NEW run begins" in caplog.text
+    assert said.wait(60)
     save(manager, 2).result(60)
+    shutil.rmtree(tmp_path / "here")
+    save(manager, 3).result(60)
     assert caplog.text.count("a NEW run begins") == 1
 
 
@@ -642,18 +775,71 @@ def test_waiting_before_the_first_save(make: Make, reader: CheckpointManager) ->
 
 
 @only_to_a_directory
-def test_pruning_goes_by_what_the_mirror_has_now(make: Make, reader: CheckpointManager) -> None:
+def test_waiting_with_nothing_saved(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
+    """Makes no mirror, which would be one of no run."""
+    manager = make()
+    manager.wait(60, tier="mirror")
+    assert not (tmp_path / "there").exists()
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [1]
+
+
+@only_to_a_directory
+def test_pruning_goes_by_what_the_mirror_has_now(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
     """Not by what it had at the last save; nor is everything kept, because nothing has been heard of it yet."""
     manager = make(max_checkpoints=5)
     for step in range(1, 6):
         save(manager, step)
     manager.wait(60, tier="mirror")
+    (tmp_path / "there").rename(tmp_path / "away")  # it does not matter whether it answers just now
+    assert [info.global_step for info in manager.prune(KeepLast(3), dry_run=True)] == [1, 2]
+    (tmp_path / "away").rename(tmp_path / "there")
     assert [info.global_step for info in manager.prune(KeepLast(3))] == [1, 2]
     manager.close(60)
     again = make(max_checkpoints=5)
     assert [info.global_step for info in again.prune(KeepLast(1), dry_run=True)] == [3, 4]
+    pid = stop_copying(again)
+    try:
+        assert [info.global_step for info in again.prune(KeepLast(1), dry_run=True)] == [3, 4]
+    finally:
+        os.kill(pid, signal.SIGCONT)
     assert [info.global_step for info in again.prune(KeepLast(1))] == [3, 4]
     assert steps(reader) == [1, 2, 3, 4, 5]
+
+
+@only_to_a_directory
+@pytest.mark.parametrize(("mirror_retention", "dropped"), [(KeepLast(9), [1]), (KeepLast(1), [1, 2])])
+def test_pruning_keeps_what_is_still_to_be_mirrored(
+    make: Make, mirror_retention: RetentionPolicy, dropped: list[int]
+) -> None:
+    """And not what the mirror would delete at once."""
+    first = make()
+    save(first, 1)
+    first.close(60)
+    alone = make(mirror=None, max_checkpoints=3)
+    for step in (2, 3):
+        save(alone, step)
+    alone.close(60)
+    manager = make(mirror_retention=mirror_retention)
+    assert [info.global_step for info in manager.prune(KeepLast(1), dry_run=True)] == dropped
+
+
+@only_to_a_directory
+@pytest.mark.parametrize("is_down", [True, False], ids=["down", "another run's"])
+def test_pruning_when_the_mirror_has_nothing_to_say(make: Make, is_down: bool, tmp_path: Path) -> None:
+    """Of this run: nothing is known to be there."""
+    saved_without_mirror(make, 1, 2, 3)
+    mirror = Down(tmp_path).path if is_down else tmp_path / "other"
+    if not is_down:
+        other = make(mirror, mirror=None, max_checkpoints=3)
+        for step in (1, 2, 3):
+            save(other, step)
+        other.close(60)
+    manager = make(mirror=mirror)
+    assert manager.prune(KeepLast(1), dry_run=True) == []
+    assert manager.prune(KeepLast(1)) == []
+    assert steps(manager) == [1, 2, 3]
 
 
 @only_to_a_directory
@@ -701,6 +887,28 @@ def test_a_save_that_is_skipped_is_not_awaited(make: Make, monkeypatch: pytest.M
     manager.wait(60, tier="mirror")
 
 
+@pytest.mark.parametrize("kind", ["to a directory, by a thread"])
+def test_a_save_that_failed_here(make: Make, reader: CheckpointManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never comes to the mirror, by the same error; and is no loss of the mirror's."""
+    manager = make()
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+
+    def refuse(*arguments: object) -> CheckpointInfo:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(manager._directory, "record", refuse)
+        handle = save(manager, 2)
+        with pytest.raises(asyncckpt.CheckpointWriteError):
+            handle.result(60)
+    assert handle.mirrored is not None
+    assert handle.mirrored.exception(60) is handle.failure()
+    save(manager, 3)
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [1, 3]
+
+
 @only_to_a_directory
 def test_a_slow_callback_does_not_hold_up_the_mirror(make: Make) -> None:
     """It is told by the thread that has made the checkpoint durable."""
@@ -728,8 +936,9 @@ def test_what_makes_no_sense(make: Make, tmp_path: Path) -> None:
         manager.wait(tier="mirror")
     with pytest.raises(ValueError, match="tier must be"):
         manager.wait(tier="moon")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="mirror"):
-        make(mirror=tmp_path / "here")
+    for place in (tmp_path / "here", "s3://bucket/run"):
+        with pytest.raises(ValueError, match="another place"):
+            make(place, mirror=place)
 
 
 @only_to_a_directory
@@ -773,6 +982,27 @@ def test_a_policy_that_fails_is_a_problem_of_the_mirror(make: Make) -> None:
         manager.wait(0.1, tier="mirror")
     manager.close()
     assert steps(manager) == [1]
+
+
+@pytest.mark.xfail(strict=True, reason="it counts as dropped before it was mirrored")
+@pytest.mark.parametrize("kind", ["to a directory", "to a directory, by a thread"])
+def test_one_that_an_earlier_process_has_brought(
+    make: Make, reader: CheckpointManager, there: tuple[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Which still copies when the trainer is started again: the new one's checkpoint is mirrored, and no loss."""
+    saved_without_mirror(make, 1)
+    source = CheckpointDirectory(str(tmp_path / "here"), Places())
+    earlier = Replica(source, CheckpointDirectory(there[0], Places(), retention=KeepLast(9)))
+    earlier.look(without=())
+    manager = make()
+    handle = save(manager, 2)
+    handle.result(60)
+    for info in earlier.look(without=()).wanted:
+        earlier.copy(info)
+    earlier.close()
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [1, 2]
+    assert arrival(handle).global_step == 2
 
 
 # --- the process that copies ---
@@ -835,21 +1065,22 @@ def stop_copying(manager: CheckpointManager) -> int:
 @only_to_a_directory
 def test_there_is_no_time_to_close(make: Make, reader: CheckpointManager) -> None:
     """The time-out counts once, and the process goes on alone."""
-    manager = make()
+    manager = make(max_checkpoints=9)
     save(manager, 1)
     manager.wait(60, tier="mirror")
     pid = stop_copying(manager)
     try:
-        handle = save(manager, 2)
+        handles = [save(manager, step) for step in range(2, 7)]
         started = time.monotonic()
         manager.close(4)
         assert time.monotonic() - started < 7
-        assert handle.mirrored is not None
-        with pytest.raises(asyncckpt.CheckpointError, match="not mirrored before the end"):
-            handle.mirrored.result(0)
+        for handle in handles:
+            assert handle.mirrored is not None
+            with pytest.raises(asyncckpt.CheckpointError, match="not mirrored before the end"):
+                handle.mirrored.result(0)
     finally:
         os.kill(pid, signal.SIGCONT)
-    wait_for(lambda: steps(reader) == [1, 2])
+    wait_for(lambda: steps(reader) == [1, 2, 3, 4, 5, 6])
     wait_for(lambda: not os.path.exists(f"/proc/{pid}"))
 
 
@@ -872,6 +1103,17 @@ def test_leaving_what_is_lacking_to_the_process(make: Make, reader: CheckpointMa
     os.kill(pid, signal.SIGKILL)  # it would wait for the end of this process for some seconds
 
 
+@pytest.mark.parametrize("kind", ["to a directory, by a thread"])
+def test_there_is_no_process_to_leave_it_to(make: Make, reader: CheckpointManager) -> None:
+    """So nothing changes."""
+    manager = make()
+    manager.leave_to_writer()
+    save(manager, 1)
+    manager.leave_to_writer()
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [1]
+
+
 @only_to_a_directory
 def test_pokes_never_wait(make: Make, reader: CheckpointManager) -> None:
     """Not even for a process that hears nothing, as often as somebody looks whether the mirror has everything."""
@@ -883,9 +1125,11 @@ def test_pokes_never_wait(make: Make, reader: CheckpointManager) -> None:
     mirror = manager._mirror.running()
     poking = threading.Thread(target=lambda: [mirror.poke() for _ in range(20_000)], daemon=True)
     poking.start()
-    poking.join(30)
-    assert not poking.is_alive()
-    os.kill(pid, signal.SIGCONT)
+    try:
+        poking.join(30)
+        assert not poking.is_alive()
+    finally:
+        os.kill(pid, signal.SIGCONT)
     save(manager, 2)
     manager.wait(60, tier="mirror")
     assert steps(reader) == [1, 2]
@@ -908,6 +1152,79 @@ for step in range(1, 4):
 """
     subprocess.run([sys.executable, "-c", source], check=True)
     assert steps(reader) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("is_down", "exit_timeout_secs"), [(True, 3600.0), (False, 0.1)], ids=["that is down", "that takes its time"]
+)
+def test_the_interpreter_does_not_wait_for_a_mirror(is_down: bool, exit_timeout_secs: float, tmp_path: Path) -> None:
+    """What it lacks is told of."""
+    place = Down(tmp_path).path if is_down else tmp_path / "there"
+    source = f"""
+import sys, time
+sys.path[:0] = {sys.path!r}
+import asyncckpt
+from asyncckpt.registry.replication import Replica
+from torch import nn
+Replica.copy = lambda *arguments: time.sleep(3600)
+manager = asyncckpt.CheckpointManager(
+    {str(tmp_path / "here")!r}, mirror={str(place)!r}, writer="thread", exit_timeout_secs={exit_timeout_secs}
+)
+manager.save(nn.Linear(20, 20), None, 1, 1)
+"""
+    ended = subprocess.run([sys.executable, "-c", source], check=True, timeout=60, capture_output=True, text=True)
+    assert "at exit: the mirror lacks some checkpoints" in ended.stderr
+
+
+def refuse_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(module: str) -> WriterProcess:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(mirror_service, "WriterProcess", refuse)
+
+
+@only_to_a_directory
+def test_no_process_can_be_started(
+    make: Make, reader: CheckpointManager, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A thread copies in its place, which is said."""
+    refuse_processes(monkeypatch)
+    manager = make()
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [1]
+    assert "no more processes: a thread copies to the mirror" in caplog.text
+
+
+def test_a_mirror_that_no_other_process_finds(tmp_path: Path) -> None:
+    """A thread copies there."""
+    place = f"memory://{secrets.token_hex(4)}"
+    with CheckpointManager(tmp_path / "here", mirror=place) as manager:
+        save(manager, 1)
+        manager.wait(60, tier="mirror")
+    with CheckpointManager(place) as reader:
+        assert steps(reader) == [1]
+
+
+@only_to_a_directory
+def test_the_process_is_killed_and_no_other_can_be_started(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for ever for what it does not bring."""
+    monkeypatch.setattr(mirror_service, "_FIRST_PAUSE_SECS", 0.01)
+    monkeypatch.setattr(mirror_service, "_MAX_PAUSE_SECS", 0.01)
+    manager = make()
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+    assert manager._mirror is not None
+    copier = manager._mirror.running()._copier
+    assert isinstance(copier, ProcessCopier)
+    assert copier.pid is not None
+    refuse_processes(monkeypatch)
+    os.kill(copier.pid, signal.SIGKILL)
+    handle = save(manager, 2)
+    manager.close()
+    assert handle.mirrored is not None
+    with pytest.raises(asyncckpt.CheckpointError, match="before the end: no more processes"):
+        handle.mirrored.result(0)
 
 
 @only_to_a_directory

@@ -300,7 +300,7 @@ class CheckpointDirectory:
             replace(info, damaged=info.damaged and self._files.is_bad(str(info.filepath)))
             for info in registry.checkpoints
         )
-        self._index.note_link(found)
+        self._index.note_link(found.linked_best)
         self._strangers = frozenset(found.strangers)
         self._sequences = itertools.count(max(next(self._sequences), registry.last_sequence + 1))
         registry = replace(registry, claim=self._lock.claim if self._lock is not None else "")

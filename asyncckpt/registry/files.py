@@ -20,6 +20,8 @@ from asyncckpt.registry.registry import MAX_REGISTRY_BYTES, PendingDelete, Regis
 from asyncckpt.storage.base import Reader, Storage
 from asyncckpt.threads import log_quietly
 
+_MIN_ARCHIVE_BYTES = 22  # the end record of an archive, with which each of ours ends
+
 Report = Callable[[EventKind, str, str], None]
 
 
@@ -59,15 +61,12 @@ class CheckpointFiles:
                 return
         raise NameTakenError(f"{path} is another file, not of this run: it is not overwritten; move it away")
 
-    def check_link(self, run_id: str, *, was_linked: bool) -> None:
-        """Raise `NameTakenError` if `best_model.pt` is somebody else's; a damaged file is not, where there was a link.
-
-        Blocks; raises OSError.
-        """
+    def check_link(self, run_id: str) -> None:
+        """Raise `NameTakenError` if `best_model.pt` is somebody else's; a damaged checkpoint is not. Blocks; raises OSError."""
         try:
             self.check_ours(self.path_of(BEST_NAME), run_id)
         except NameTakenError:
-            if not (self._is_damaged(BEST_NAME) and (was_linked or self._looks_like_a_checkpoint(BEST_NAME))):
+            if not (self._is_damaged(BEST_NAME) and self._looks_like_a_checkpoint(BEST_NAME)):
                 raise
 
     def _is_damaged(self, name: str) -> bool:
@@ -181,13 +180,14 @@ class CheckpointFiles:
         return is_there
 
     def _looks_like_a_checkpoint(self, name: str) -> bool:
-        """Damaged, but one: an archive by its first bytes, or never written at all."""
-        start = bytearray(4)
+        """Damaged, but one: an archive by its first bytes or its last, or never written at all."""
         with self._storage.open(self.path_of(name), follow_links=False) as reader:
-            if reader.num_bytes < len(start):
-                return True
+            if reader.num_bytes < _MIN_ARCHIVE_BYTES:
+                return reader.num_bytes == 0
+            start, end = bytearray(4), bytearray(_MIN_ARCHIVE_BYTES)
             reader.read_into(0, memoryview(start))
-        return bytes(start) in (b"PK\x03\x04", bytes(4))
+            reader.read_into(reader.num_bytes - len(end), memoryview(end))
+        return bytes(start) in (b"PK\x03\x04", bytes(4)) or end.startswith(b"PK\x05\x06")
 
 
 class _Heard(Reader):

@@ -9,21 +9,17 @@ from asyncckpt.errors import CheckpointWriteError
 from asyncckpt.naming import BEST_NAME, REGISTRY_NAME
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.files import CheckpointFiles, NameTakenError
-from asyncckpt.registry.recovery import Survey, read_registry
+from asyncckpt.registry.recovery import read_registry
 from asyncckpt.registry.registry import Registry, encode_registry
 from asyncckpt.storage.base import ConflictError, Lock, Storage, Upload
 
 
 class IndexState(NamedTuple):
-    """What was written last: the versions of the two files ("" where storage has none), and what the link holds.
-
-    `was_linked`: there has been a link of this run.
-    """
+    """What was written last: the versions of the two files ("" where storage has none), and what the link holds."""
 
     version: str = ""
     linked_best: int | None = None
     linked_version: str = ""
-    was_linked: bool = False
 
 
 class Index:
@@ -43,14 +39,9 @@ class Index:
         version, linked_version = self._storage.version(self._path), self._storage.version(self._link_path)
         self.state = IndexState(version, None, linked_version)
 
-    def note_link(self, found: Survey) -> None:
-        """What the link holds. Where the registry is lost, a link that is damaged is taken for the run's."""
-        had_best = found.recorded.best is not None if found.recorded is not None else bool(found.registry.checkpoints)
-        self.state = self.state._replace(linked_best=found.linked_best, was_linked=had_best)
-
-    def forget_link(self) -> None:
-        """It is to be renewed."""
-        self.state = self.state._replace(linked_best=None)
+    def note_link(self, sequence: int | None) -> None:
+        """The link holds this checkpoint."""
+        self.state = self.state._replace(linked_best=sequence)
 
     def begin(self, registry: Registry) -> Upload:
         """Write a registry, and sync it, for `commit`."""
@@ -97,7 +88,7 @@ class Index:
     def link_problem(self, run_id: str) -> str:
         """What keeps the link from being made; "" if nothing does, or that can't be seen."""
         try:
-            self._files.check_link(run_id, was_linked=self.state.was_linked)
+            self._files.check_link(run_id)
         except NameTakenError as error:
             return str(error)
         except OSError:
@@ -112,10 +103,10 @@ class Index:
         """
         if self._is_linked(best):
             return
-        self._files.check_link(run_id, was_linked=self.state.was_linked)
+        self._files.check_link(run_id)
         self._storage.link(self._files.path_of(str(best.filepath)), self._link_path)
         self.state = self.state._replace(
-            linked_best=best.sequence, linked_version=self._storage.version(self._link_path), was_linked=True
+            linked_best=best.sequence, linked_version=self._storage.version(self._link_path)
         )
 
     def _is_linked(self, best: CheckpointInfo) -> bool:

@@ -93,6 +93,7 @@ def test_the_mirror_is_on_a_line_of_its_own(directory: Path) -> None:
         b'{"mirror": "m", "mirrored": 1e400}',
         b'{"mirror": "m", "problem": "' + b"x" * 5000 + b'"}',
         b" " * (1 << 20) + b'{"mirror": "m"}',
+        b'{"mirror": "m", "more": ' + b"[" * 60_000,
     ],
 )
 def test_a_note_of_a_mirror_that_makes_no_sense(directory: Path, contents: bytes) -> None:

@@ -72,6 +72,15 @@ def test_a_name_that_was_saved_again() -> None:
     earlier, later = replace(info(1), filepath=Path("a.pt")), replace(info(5), filepath=Path("a.pt"))
     assert backlog_of(registry([later]), registry([earlier]), KeepLast(9)).wanted == (later,)
     assert backlog_of(registry([earlier]), registry([later]), KeepLast(9)).wanted == ()
+    earlier, later, other = replace(earlier, val_loss=0.1), replace(later, val_loss=0.5), info(4, loss=0.3)
+    wanted = backlog_of(registry([other, later]), registry([earlier]), KeepLast(1)).wanted
+    assert [info.sequence for info in wanted] == [4, 5]  # the best one there goes
+
+
+def test_what_the_mirror_had_once() -> None:
+    """Its numbers are not given again."""
+    mirror = replace(registry(commits(1)), last_sequence=9)
+    assert backlog_of(registry(commits(1)), mirror, KeepLast(2)).mirrored == Mirrored(9)
 
 
 def test_without_a_policy() -> None:

@@ -29,6 +29,7 @@ from asyncckpt.storage.s3 import S3Storage
 
 BUCKET = "takeover"
 LARGE = 17 << 20  # in parts
+SECONDS = itertools.count()
 Act = Callable[[], object]
 
 
@@ -57,9 +58,7 @@ class Writer:
     def begin(self, step: int, loss: float | None = None, value: float | None = None, num_bytes: int = 0) -> Act:
         """Send all of a checkpoint; what is returned commits and lists it."""
         name = Path(checkpoint_name(1, step, {"loss": loss}))
-        info = CheckpointInfo(
-            name, 1, step, val_loss=loss, timestamp=f"2026-01-01T00:00:{secrets.randbelow(60):02}+00:00"
-        )
+        info = CheckpointInfo(name, 1, step, val_loss=loss, timestamp=f"2026-01-01T00:00:{next(SECONDS) % 60:02}+00:00")
         listing = self.directory.reserve(info)
         name = listing.info.filepath
         state = {"value": step if value is None else value, "rest": torch.zeros(num_bytes, dtype=torch.uint8)}
@@ -327,6 +326,28 @@ class TestReplica:
         self.catch_up(replica)
         assert [info.pinned for info in target.own_registry.checkpoints] == [False, True, False]
 
+    def test_one_that_was_unpinned_and_dropped(self, source: Writer, target: CheckpointDirectory) -> None:
+        """In the source, all since the last look: in the replica it is pinned no more. One that is only gone is."""
+        replica = Replica(source.directory, target)
+        for step in (1, 2, 3):
+            source.save(step)
+        source.directory.pin(1)
+        source.directory.pin(2)
+        self.catch_up(replica)
+        source.directory.unpin(1)
+        source.directory.prune(KeepLast(1))
+        source.save(4)
+        self.catch_up(replica)
+        assert [info.pinned for info in target.own_registry.checkpoints] == [False, True, False, False]
+        source.storage.delete([source.directory.path_of(checkpoint_name(1, 2, {}))])
+        replica = Replica(source.directory, target)
+        self.catch_up(replica)
+        assert [info.pinned for info in target.own_registry.checkpoints] == [False, True, False, False]
+        target.unpin(2)
+        target.prune(KeepLast(1))
+        self.catch_up(replica)
+        assert not target.own_registry.followed_pins  # of what is there no more nothing is remembered
+
     def test_a_crash_while_an_older_one_arrives(
         self, source: Writer, target: CheckpointDirectory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -348,7 +369,10 @@ class TestReplica:
         assert self.catch_up(replica) == [1]
         assert [info.global_step for info in target.own_registry.checkpoints] == [1, 2]
 
-    def test_another_trainers_numbers(self, source: Writer, target: CheckpointDirectory, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("step", [2, 20], ids=["the same step", "another step"])
+    def test_another_trainers_numbers(
+        self, source: Writer, target: CheckpointDirectory, step: int, tmp_path: Path
+    ) -> None:
         """Both went on from the same checkpoint: nothing is taken for mirrored that is not."""
         replica = Replica(source.directory, target)
         source.save(1)
@@ -357,7 +381,7 @@ class TestReplica:
         other.directory.close()
         other.directory.continue_run(target.own_registry.run_id, 1)
         other.directory.open_for_writing()
-        other.save(20)
+        other.save(step)
         source.save(2)
         self.catch_up(replica)
         target.close()
@@ -365,14 +389,17 @@ class TestReplica:
             self.catch_up(Replica(other.directory, target))
         other.close()
 
-    def test_an_old_directory_that_came_back(self, source: Writer, target: CheckpointDirectory) -> None:
+    @pytest.mark.parametrize(("last", "numbers"), [(7, [1, 8, 9]), (2, [1, 3, 4]), (1, [1, 2, 3])])
+    def test_an_old_directory_that_came_back(
+        self, source: Writer, target: CheckpointDirectory, last: int, numbers: list[int]
+    ) -> None:
         """Once it is known how far the mirror is, no number is given twice."""
         replica = Replica(source.directory, target)
         source.save(1)
-        source.directory.mirrored = Mirrored(7)
+        source.directory.mirrored = Mirrored(last)
         source.save(2)
         source.save(3)
-        assert [info.sequence for info in source.directory.own_registry.checkpoints] == [1, 8, 9]
+        assert [info.sequence for info in source.directory.own_registry.checkpoints] == numbers
         assert self.catch_up(replica) == [1, 2, 3]
 
     def test_a_registry_that_could_not_be_written(
@@ -391,7 +418,7 @@ class TestReplica:
         assert [info.global_step for info in recorded.checkpoints] == [1]
         found = replica.find(1)
         assert found is not None
-        assert found.global_step == 1
+        assert found.filepath == Path(target.path) / checkpoint_name(1, 1, {})
 
 
 @contextmanager
@@ -414,6 +441,34 @@ def refusing_registries(
     with monkeypatch.context() as patch:
         patch.setattr(directory.storage, "begin", begin_in_vain)
         yield
+
+
+def test_what_waits_for_the_mirror_is_kept_up_to_the_backlog(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The newest of it, without a gap; what is dropped is told of once."""
+    writer = Writer(LocalStorage(), str(tmp_path / "run"), tmp_path)
+    writer.directory.retention, writer.directory.mirrored = KeepLast(1), Mirrored()
+    writer.save(1)
+    writer.directory.mirror_backlog_bytes = 2 * writer.directory.own_registry.checkpoints[0].num_bytes
+    for step in (2, 3, 4):
+        writer.save(step)
+    assert writer.steps == [3, 4]
+    writer.begin(5, num_bytes=1 << 20)()
+    assert writer.steps == [5]
+    assert caplog.text.count("bytes wait for the mirror") == 4
+    writer.close()
+
+
+def test_pruning_what_waits_for_the_mirror(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Beyond the backlog; it is told of as when saving drops it."""
+    writer = Writer(LocalStorage(), str(tmp_path / "run"), tmp_path)
+    for step in (1, 2, 3, 4):
+        writer.save(step)
+    writer.directory.mirrored = Mirrored(4, frozenset({1, 3}))
+    writer.directory.prune(KeepLast(1))
+    assert writer.steps == [4]
+    told = [line for line in caplog.text.splitlines() if "dropped before it was mirrored" in line]
+    assert [step for step in (1, 2, 3, 4) for line in told if checkpoint_name(1, step, {}) in line] == [1, 3]
+    writer.close()
 
 
 def test_a_full_disk_takes_from_what_waits_for_the_mirror(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -254,7 +254,7 @@ def linked_by_name() -> AbstractContextManager[object]:
         best = directory._own_registry().best
         if best is not None and linked.get(directory.path) != str(best.filepath):
             linked[directory.path] = str(best.filepath)
-            directory._index.forget_link()
+            directory._index.note_link(None)
             _link_best(directory)
 
     return mock.patch.object(CheckpointDirectory, "_link_best", link_best)
