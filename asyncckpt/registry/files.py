@@ -20,7 +20,7 @@ from asyncckpt.registry.registry import MAX_REGISTRY_BYTES, PendingDelete, Regis
 from asyncckpt.storage.base import Reader, Storage
 from asyncckpt.threads import log_quietly
 
-_MIN_ARCHIVE_BYTES = 22  # the end record of an archive, with which each of ours ends
+_END_RECORD_BYTES = 22  # of an archive's end record, with which each of ours ends
 
 Report = Callable[[EventKind, str, str], None]
 
@@ -62,7 +62,7 @@ class CheckpointFiles:
         raise NameTakenError(f"{path} is another file, not of this run: it is not overwritten; move it away")
 
     def check_link(self, run_id: str) -> None:
-        """Raise `NameTakenError` if `best_model.pt` is somebody else's; a damaged checkpoint is not. Blocks; raises OSError."""
+        """Raise `NameTakenError` if `best_model.pt` is somebody else's; a damaged checkpoint is not. Blocks."""
         try:
             self.check_ours(self.path_of(BEST_NAME), run_id)
         except NameTakenError:
@@ -182,12 +182,11 @@ class CheckpointFiles:
     def _looks_like_a_checkpoint(self, name: str) -> bool:
         """Damaged, but one: an archive by its first bytes or its last, or never written at all."""
         with self._storage.open(self.path_of(name), follow_links=False) as reader:
-            if reader.num_bytes < _MIN_ARCHIVE_BYTES:
-                return reader.num_bytes == 0
-            start, end = bytearray(4), bytearray(_MIN_ARCHIVE_BYTES)
+            start = bytearray(min(4, reader.num_bytes))
             reader.read_into(0, memoryview(start))
+            end = bytearray(min(_END_RECORD_BYTES, reader.num_bytes))
             reader.read_into(reader.num_bytes - len(end), memoryview(end))
-        return bytes(start) in (b"PK\x03\x04", bytes(4)) or end.startswith(b"PK\x05\x06")
+        return b"PK\x03\x04".startswith(start) or not any(start) or end.startswith(b"PK\x05\x06")
 
 
 class _Heard(Reader):

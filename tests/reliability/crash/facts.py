@@ -33,9 +33,10 @@ class Failed(Fact):
 
 @dataclass(frozen=True)
 class Retention(Fact):
-    """From now on so many of the newest are kept, and the best; None keeps all."""
+    """From now on so many of the newest are kept, and the best; None keeps all. Commits are `in_order`, or not."""
 
     num_kept: int | None
+    in_order: bool = True
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class Promise:
     found: frozenset[int] = frozenset()
     kept: frozenset[int] = frozenset()
     num_kept: int = _KEEP_ALL
+    in_order: bool = True
     is_recorded: bool = True
 
     @property
@@ -61,8 +62,8 @@ class Promise:
                 return replace(known, kept=known.retained({*others, number}))
             case Failed(number):
                 return replace(self, failed=self.failed | {number})
-            case Retention(num_kept):
-                return replace(self, num_kept=_KEEP_ALL if num_kept is None else num_kept)
+            case Retention(num_kept, in_order):
+                return replace(self, num_kept=_KEEP_ALL if num_kept is None else num_kept, in_order=in_order)
             case Pruning(num_kept):
                 return replace(self, limits={number: min(limit, num_kept) for number, limit in self.limits.items()})
             case Pruned():
@@ -125,8 +126,9 @@ def _losses(promise: Promise, found: Findings, numbers: Mapping[int, str]) -> It
     if acknowledged > (newest or 0):
         yield f"{acknowledged} was acknowledged, and the newest that loads is {newest}"
     names = {**promise.names, **numbers}
-    # Commits happen in order, so those before the newest that is there were committed too.
-    committed = {n for n in promise.losses if n < max(numbers, default=0) and n not in promise.failed}
+    committed = set[int]()
+    if promise.in_order:  # those before the newest that is there were committed too
+        committed = {n for n in promise.losses if n < max(numbers, default=0) and n not in promise.failed}
     for number in sorted({*promise.names, *promise.found, *committed} - set(numbers)):
         if not promise.is_excused(number, numbers, names):
             yield f"{number} is gone, though only {sorted(numbers)} are there"

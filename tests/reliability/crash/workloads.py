@@ -185,7 +185,7 @@ def mirrored(chance: random.Random) -> Recording:
     """The mirror of a directory that is elsewhere; what counts as acknowledged is what `handle.mirrored` says."""
     num_kept = chance.choice([1, 2])
     with memory_directory() as base, memory_directory() as elsewhere, recording(base) as recorder:
-        recorder.note(Retention(num_kept))
+        recorder.note(Retention(num_kept, in_order=False))  # the newest first, then what it passed
         retention = KeepLast(num_kept)
         with CheckpointManager(
             elsewhere / RUN, mirror=base / RUN, mirror_retention=retention, writer="thread", save_rng=False
