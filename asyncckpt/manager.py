@@ -56,11 +56,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_NUM_RECENT_SAVES = 5
 _MAX_LOOK_SECS = 2.0  # what a save spends on looking at a directory that does not answer, once
-_MAX_MIRROR_LOOK_SECS = 10.0  # the same for a mirror
 _MIRROR_TIER = 1  # among the places that are loaded from
-_MAX_BACKLOG_BYTES = 2**63 - 1
 
 
 class CheckpointManager:

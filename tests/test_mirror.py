@@ -984,7 +984,6 @@ def test_a_policy_that_fails_is_a_problem_of_the_mirror(make: Make) -> None:
     assert steps(manager) == [1]
 
 
-@pytest.mark.xfail(strict=True, reason="it counts as dropped before it was mirrored")
 @pytest.mark.parametrize("kind", ["to a directory", "to a directory, by a thread"])
 def test_one_that_an_earlier_process_has_brought(
     make: Make, reader: CheckpointManager, there: tuple[str, dict[str, Any]], tmp_path: Path

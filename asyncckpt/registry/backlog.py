@@ -34,12 +34,13 @@ class Mirrored:
 class Backlog:
     """What a mirror lacks: what is `wanted` there, in the order of the commits, and the numbers of the rest.
 
-    `last` is the highest number in either place.
+    `there` is what it has, and `last` the highest number in either place.
     """
 
-    wanted: tuple[CheckpointInfo, ...]
-    unwanted: frozenset[int]
-    last: int
+    wanted: tuple[CheckpointInfo, ...] = ()
+    unwanted: frozenset[int] = frozenset()
+    there: tuple[CheckpointInfo, ...] = ()
+    last: int = 0
 
     @property
     def mirrored(self) -> Mirrored:
@@ -53,12 +54,12 @@ def backlog_of(
 
     Without a policy all of it is wanted.
     """
-    there = {info.sequence for info in mirror.checkpoints}
+    numbers = {info.sequence for info in mirror.checkpoints}
     latest = {info.filepath: info.sequence or 0 for info in mirror.checkpoints}
     lacking = [
         replace(info, protected=False)  # that the source has lost its registry is no matter of the mirror's
         for info in source.checkpoints
-        if not (info.damaged or info.sequence in there or info.sequence in without)
+        if not (info.damaged or info.sequence in numbers or info.sequence in without)
         and (info.sequence or 0) > latest.get(info.filepath, 0)
     ]
     names = {info.filepath for info in lacking}  # of which the mirror has an earlier one, or none
@@ -67,4 +68,4 @@ def backlog_of(
     wanted = tuple(info for info in lacking if kept is None or info.sequence in kept)
     unwanted = {info.sequence for info in lacking} - {info.sequence for info in wanted}
     last = max([mirror.last_sequence, *(info.sequence or 0 for info in source.checkpoints)])
-    return Backlog(wanted, frozenset(number for number in unwanted if number is not None), last)
+    return Backlog(wanted, frozenset(n for n in unwanted if n is not None), mirror.checkpoints, last)

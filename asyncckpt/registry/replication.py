@@ -35,20 +35,19 @@ class Replica:
         source = self._source.read().registry
         if not self._target.is_open:
             if not source.checkpoints:
-                return Backlog((), frozenset(), 0)
+                return Backlog()
             self._target.expect_run(source.run_id)
             self._target.open_for_writing()
+            source = self._source.read().registry  # who wrote to the replica until now has seen later ones
         self._target.finish_recording()
         self._target.delete_pending()
         self._check_same(source.checkpoints)
         self._take_pins(source.checkpoints)
         return backlog_of(source, self._target.own_registry, self._target.retention, without)
 
-    def find(self, sequence: int) -> CheckpointInfo | None:
-        """What the replica has under this number, as of the last look; None if nothing."""
-        known = self._target.known
-        infos = known.checkpoints if known is not None else ()
-        return next((self._target.locate(info) for info in infos if info.sequence == sequence), None)
+    def locate(self, info: CheckpointInfo) -> CheckpointInfo:
+        """One that the replica has, with the whole path of its file."""
+        return self._target.locate(info)
 
     def _check_same(self, infos: Sequence[CheckpointInfo]) -> None:
         """Two trainers, each with a directory of its own and one mirror, number their checkpoints alike."""

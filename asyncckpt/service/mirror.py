@@ -355,6 +355,7 @@ class ProcessCopier:
         self._standing = standing
         self._is_stopped = False
         self._is_unsent = False  # a poke
+        self._is_hurried = False  # no pause is waited for
         self._sent = 0
         self._answered = 0
         self._process: WriterProcess | None = self._start()
@@ -363,6 +364,7 @@ class ProcessCopier:
 
     def poke(self, *, is_hurried: bool = False) -> None:
         self._is_unsent = True
+        self._is_hurried = self._is_hurried or is_hurried
         if is_hurried or self._sent <= self._answered:
             self._send_poke(is_hurried=is_hurried)
 
@@ -428,8 +430,9 @@ class ProcessCopier:
         self._process = None
         while not self._is_stopped:
             deadline = time.monotonic() + pause
-            while not self._is_stopped and time.monotonic() < deadline:
+            while not (self._is_stopped or self._is_hurried) and time.monotonic() < deadline:
                 time.sleep(_POLL_SECS)
+            self._is_hurried = False
             try:
                 self._process = self._start()
             except OSError as error:

@@ -81,6 +81,7 @@ class Replicator:
         self._num_copies: Counter[int] = Counter()
         self._failures: Counter[int] = Counter()  # of what could not be copied so far
         self._took_newest = False
+        self._told: set[int] = set()  # the numbers of what is there
         self._thread = threading.Thread(target=self._run, name="asyncckpt-replicator", daemon=True)
         self._thread.start()
 
@@ -157,6 +158,8 @@ class Replicator:
                 return False
             self._copy(self._choose(backlog))
             backlog = self._look()
+            if not self._failures:
+                self._problem = None
             self._tell_progress()
         return True
 
@@ -164,11 +167,15 @@ class Replicator:
         """What is to be copied now."""
         copied_in_vain = {sequence for sequence, number in self._num_copies.items() if number >= _MAX_COPIES}
         backlog = self._replica.look(without=self._given_up | copied_in_vain)
-        self._settle_doubtful()
+        for info in backlog.there:  # also what another process has brought; what failed may have arrived all the same
+            if info.sequence is not None and info.sequence not in self._told:
+                self._tell_copied(info.sequence, self._replica.locate(info))
         for sequence in sorted(backlog.unwanted - self._passed_over):
             self._listener.passed_over(sequence)
         self._passed_over = backlog.unwanted
         self._mirrored = backlog.mirrored
+        for sequence in self._failures.keys() - self._mirrored.lacking:
+            del self._failures[sequence]
         return backlog
 
     def _choose(self, backlog: Backlog) -> CheckpointInfo:
@@ -191,7 +198,8 @@ class Replicator:
             raise
         else:
             if copied is not None:
-                self._note_copied(info.sequence, copied)
+                self._num_copies[info.sequence] += 1
+                self._tell_copied(info.sequence, copied)
             else:
                 self._give_up(info.sequence, CheckpointError(f"{info.filepath} was deleted before it was mirrored"))
 
@@ -199,17 +207,11 @@ class Replicator:
         self._given_up.add(sequence)
         self._listener.given_up(sequence, error)
 
-    def _note_copied(self, sequence: int, info: CheckpointInfo) -> None:
-        self._num_copies[sequence] += 1
-        self._failures.pop(sequence, None)
+    def _tell_copied(self, sequence: int, info: CheckpointInfo) -> None:
+        self._told.add(sequence)
         self._listener.copied(sequence, info)
-        self._listener.emit("mirrored", str(info.filepath), "")
-
-    def _settle_doubtful(self) -> None:
-        """What could not be copied, to all appearance, may have arrived all the same."""
-        for sequence in list(self._failures):
-            if (copied := self._replica.find(sequence)) is not None:
-                self._note_copied(sequence, copied)
+        if self._num_copies[sequence] or self._failures[sequence]:
+            self._listener.emit("mirrored", str(info.filepath), "")
 
     def _note_problem(self, error: Exception) -> None:
         if not isinstance(error, OSError | CheckpointError):  # a policy of the user's, a mistake of ours

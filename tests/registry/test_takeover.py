@@ -416,9 +416,8 @@ class TestReplica:
         recorded = survey(storage, target.path).recorded
         assert recorded is not None
         assert [info.global_step for info in recorded.checkpoints] == [1]
-        found = replica.find(1)
-        assert found is not None
-        assert found.filepath == Path(target.path) / checkpoint_name(1, 1, {})
+        (found,) = replica.look(without=()).there
+        assert replica.locate(found).filepath == Path(target.path) / checkpoint_name(1, 1, {})
 
 
 @contextmanager

@@ -291,6 +291,9 @@ BUGS: dict[str, Patch] = {
     "the best link is made once": patch(CheckpointDirectory, "_link_best", linked_once),
     "the best link is not renewed by recovery": patch(CheckpointDirectory, "_link_best", linked_while_saving),
     "the best link is known by its name": linked_by_name,
+    "an older commit is not announced": patch(
+        CheckpointDirectory, "_announce", lambda directory, registry, info: registry
+    ),
     "a commit that failed counts as done": patch(CheckpointDirectory, "_is_there", lambda directory, info: True),
     "what was not recorded is taken in unverified": patch(CheckpointFiles, "problem", lambda files, name: ""),
     "recovery deletes though what replaced it is damaged": patch(CheckpointFiles, "is_bad", lambda files, name: False),

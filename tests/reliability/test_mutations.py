@@ -94,6 +94,7 @@ CATCHES = {
     "retention drops the best": Catch(STATES, BEST_STAYS, "is gone, though only"),
     "the best link is made once": Catch(STATES, BEST_CHANGES, UNLINKED),
     "the best link is not renewed by recovery": Catch(STATES, BEST_CHANGES, "once opened, the best link holds"),
+    "an older commit is not announced": Catch(STATES, crash(workloads.late_mirror), "is nobody's file"),
     "the best link is known by its name": Catch(STATES, crash(workloads.same_name), UNLINKED),
     "a commit that failed counts as done": Catch(
         ERRORS, crash(failing("rename", errno.ENOSPC, is_checkpoint, 3)), "which is gone"

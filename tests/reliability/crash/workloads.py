@@ -26,6 +26,7 @@ from asyncckpt import (
     KeepLast,
     SaveHandle,
 )
+from asyncckpt.events import Event
 from asyncckpt.naming import REGISTRY_NAME
 from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.service import worker
@@ -77,7 +78,7 @@ class Managing:
         self, loss: float | None, *, step: int | None = None, numel: int = FEW, num_metrics: int = 0
     ) -> SaveHandle:
         number, self.number = self.number, self.number + 1
-        model = nn.ParameterList([nn.Parameter(torch.full((numel,), float(number)))])
+        model = filled(number, numel)
         metrics = {f"metric {index}": float(number) for index in range(num_metrics)}
 
         def save() -> SaveHandle | None:
@@ -197,14 +198,45 @@ def mirrored(chance: random.Random) -> Recording:
         return managed("a mirror", recorder, num_kept)
 
 
+def late_mirror(chance: random.Random) -> Recording:
+    """The mirror of a directory that was there before: the newest comes first, and then what is older."""
+    losses = any_losses(chance, 4)
+
+    def manager(**options: Any) -> CheckpointManager:
+        return CheckpointManager(elsewhere / RUN, len(losses), writer="thread", save_rng=False, **options)
+
+    with memory_directory() as base, memory_directory() as elsewhere:
+        with manager() as alone:
+            for number, loss in enumerate(losses, 1):
+                alone.save(filled(number, FEW), None, epoch=0, global_step=number, val_loss=loss)
+            alone.wait(TIMEOUT_SECS)
+            names = {str(info.filepath.name): info.global_step or 0 for info in alone.list_checkpoints()}
+        with recording(base) as recorder:
+            recorder.note(Retention(len(losses), in_order=False))
+            for number, loss in enumerate(losses, 1):
+                recorder.note(Submitted(number, loss))
+
+            def note(event: Event) -> None:
+                if event.kind == "mirrored":
+                    number = names[os.path.basename(event.path)]
+                    recorder.note(Acknowledged(number, os.path.relpath(event.path, base), number))
+
+            with manager(mirror=base / RUN, on_event=note) as mirroring:
+                mirroring.wait(TIMEOUT_SECS, tier="mirror")
+        return managed("a mirror of what was there before", recorder, len(losses))
+
+
+def filled(number: int, numel: int) -> nn.Module:
+    return nn.ParameterList([nn.Parameter(torch.full((numel,), float(number)))])
+
+
 def save_mirrored(recorder: Recorder, manager: CheckpointManager, number: int, loss: float | None, numel: int) -> None:
     def note(mirrored: Future[CheckpointInfo | None]) -> None:
         if (info := mirrored.result()) is not None:
             recorder.note(Acknowledged(number, os.path.relpath(info.filepath, recorder.base), info.sequence))
 
     recorder.note(Submitted(number, loss))
-    model = nn.ParameterList([nn.Parameter(torch.full((numel,), float(number)))])
-    handle = manager.save(model, None, epoch=0, global_step=number, val_loss=loss)
+    handle = manager.save(filled(number, numel), None, epoch=0, global_step=number, val_loss=loss)
     assert handle is not None
     assert handle.mirrored is not None
     handle.mirrored.add_done_callback(note)
@@ -334,6 +366,7 @@ _RUNS: dict[str, Workload] = {
     "same name": same_name,
     "prune": pruning,
     "mirror": mirrored,
+    "late mirror": late_mirror,
     "lost registry": lost_registry,
     "several blocks, O_DIRECT": many_blocks(direct=True),
     "several blocks, buffered": many_blocks(direct=False),
