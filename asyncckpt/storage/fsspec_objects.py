@@ -64,7 +64,7 @@ class ObjectStorage(FsspecStorage):
             return
         file_system, place = self.find(source)
         with explained(source):
-            file_system.cp_file(place, file_system._strip_protocol(destination))
+            file_system.cp_file(place, target)
 
 
 class _ObjectUpload(Upload):
@@ -95,6 +95,7 @@ class _ObjectUpload(Upload):
         """What is sent is in the store, if not visible yet."""
 
     def reader(self) -> None:
+        target = self.place(file_system, destination)
         return None
 
     def commit(self) -> None:

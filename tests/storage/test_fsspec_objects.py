@@ -119,3 +119,5 @@ if FULL:  # the same code, by another client and server
         @pytest.fixture(autouse=True)
         def use_azure(self, azure: ObjectServer) -> None:
             self.use(azure, can_copy=False)
+        refused = frozenset({"a#", "a\tb"})
+
