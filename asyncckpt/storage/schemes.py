@@ -87,9 +87,14 @@ def _registered_here(name: str) -> Scheme | None:
 
 
 def _is_stock(kind: type, known: Mapping[str, Any] | None) -> bool:
-    """Whether it is the class that fsspec itself would import."""
+    """Whether it is what fsspec itself would import: of fsspec's own classes that one, of another package any.
+
+    Packages call their classes as they like: `gcsfs.GCSFileSystem` is an `ExtendedGcsFileSystem` by now.
+    """
     path = str(known["class"]).replace(":", ".") if known is not None else ""
-    return path.rpartition(".")[2] == kind.__name__ and path.split(".")[0] == kind.__module__.split(".")[0]
+    package = path.split(".")[0]
+    is_same = package != "fsspec" or path.rpartition(".")[2] == kind.__name__
+    return is_same and package == kind.__module__.split(".")[0]
 
 
 def _known_to_fsspec(name: str) -> Scheme | None:

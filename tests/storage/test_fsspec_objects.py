@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -120,4 +121,35 @@ if FULL:  # the same code, by another client and server
         def use_azure(self, azure: ObjectServer) -> None:
             self.use(azure, can_copy=False)
         refused = frozenset({"a#", "a\tb"})
+
+_SAVE_AS_USERS_DO = """
+import json, sys
+import fsspec, gcsfs, torch
+import asyncckpt
+
+async def bucket_type(self, bucket):  # which Google would tell, and no server here
+    from gcsfs.extended_gcsfs import BucketType
+    return BucketType.NON_HIERARCHICAL
+
+gcsfs.GCSFileSystem._get_bucket_type = bucket_type
+options, url = json.loads(sys.argv[1]), sys.argv[2]
+fsspec.filesystem("gs", **options).ls(url.rsplit("/", 2)[0])
+with asyncckpt.AsyncCheckpointSaver(storage_options=options, writer="thread") as saver:
+    saver.save({"large": torch.arange(10_000_000.0)}, url).result(60)
+    saver.save({"small": torch.ones(1)}, f"{url}.small").result(60)
+assert torch.equal(asyncckpt.load(url, storage_options=options)["large"], torch.arange(10_000_000.0))
+"""
+
+
+def test_gs_as_users_have_it(gcs: ObjectServer) -> None:
+    """With the class that gcsfs chooses by itself, loaded before; names are no patterns, and nothing is left over."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GCSFS")}
+    url = f"gs://{BUCKET}/{secrets.token_hex(4)}/run [1]*/a*.pt"
+    gcs.client().pipe_file(f"{url.rsplit('/', 2)[0]}/other", b"1")
+    command = [sys.executable, "-c", _SAVE_AS_USERS_DO, json.dumps(gcs.options), url]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    names = gcs.client().ls(url.rsplit("/", 1)[0])
+    assert [f"gs://{name}" for name in sorted(names)] == [url, f"{url}.small"]
+
 

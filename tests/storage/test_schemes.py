@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -135,3 +138,28 @@ def test_options_that_another_process_can_be_told(options: dict[str, Any], is_pl
     assert places.plain_options == (options if is_plain else {})
     assert places.is_shared("s3://bucket/run") == is_plain
     assert places.is_shared("/local/run")
+_LOADED = """
+import fsspec, gcsfs
+from asyncckpt.storage import schemes
+from asyncckpt.storage.places import Places
+before = schemes.scheme_named("gs")
+assert fsspec.get_filesystem_class("gs") is gcsfs.GCSFileSystem is fsspec.registry["gs"]
+assert schemes.scheme_named("gs") is before
+assert Places().is_shared("gs://bucket/run")
+"""
+
+
+def test_a_known_class_that_is_loaded() -> None:
+    """It changes nothing that this process has loaded the class, whatever that is called in its package."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GCSFS")}
+    subprocess.run([sys.executable, "-c", _LOADED], env=environment, check=True, timeout=60)
+
+
+@pytest.mark.parametrize("make", [lambda options: AsyncCheckpointSaver(storage_options=options), Places])
+def test_options_whose_names_are_no_text(make: Callable[[Any], object]) -> None:
+    """Refused at once: no writer process, and no client, could take them; the value is not told."""
+    with pytest.raises(TypeError, match="the name of an option is a str, not int") as refused:
+        make({5: "canary"})
+    assert "canary" not in str(refused.value)
+
+
