@@ -26,12 +26,14 @@ class Scheme:
     package: str
     install: str
     can_copy: bool = True  # an object store that copies in one act
+    has_buckets: bool = False  # an object store that tells of a bucket that is not there
     replaces: bool = True  # a file system whose rename replaces what is there
     is_elsewhere_too: bool = True  # another process finds the same by the same scheme and options
 
 
-_GCS = Scheme("objects", "gcsfs", "asyncckpt[gcs]")
-_AZURE = Scheme("objects", "adlfs", "asyncckpt[azure]", can_copy=False)  # its copies go on after they are acknowledged
+_GCS = Scheme("objects", "gcsfs", "asyncckpt[gcs]", has_buckets=True)
+# Its copies go on after they are acknowledged.
+_AZURE = Scheme("objects", "adlfs", "asyncckpt[azure]", can_copy=False, has_buckets=True)
 _SFTP = Scheme("sftp", "paramiko", "asyncckpt[sftp]")
 _SCHEMES: Mapping[str, Scheme] = {
     "s3": Scheme("s3", "s3fs", "asyncckpt[s3]"),
@@ -153,7 +155,12 @@ def make_storage(name: str, options: Mapping[str, Any]) -> Storage:
     if scheme.way == "objects":
         from asyncckpt.storage.fsspec_objects import ObjectStorage
 
-        return ObjectStorage(options, can_copy=scheme.can_copy, is_elsewhere_too=scheme.is_elsewhere_too)
+        return ObjectStorage(
+            options,
+            can_copy=scheme.can_copy,
+            has_buckets=scheme.has_buckets,
+            is_elsewhere_too=scheme.is_elsewhere_too,
+        )
     assert scheme.way == "rename"
     from asyncckpt.storage.fsspec_rename import RenameStorage
 

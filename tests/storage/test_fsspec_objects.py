@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import secrets
 import os
+import secrets
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
+import torch
 from reliability.gates import FULL
 
+from asyncckpt import CheckpointManager
 from asyncckpt.storage.base import Storage
-from storage.conformance import StorageConformance, make_content, write_in_pieces
+from asyncckpt.storage.fsspec_objects import ObjectStorage
+from asyncckpt.storage.places import Places
+from asyncckpt.storage.schemes import make_storage
+from storage.conformance import StorageConformance, make_content, put_by_upload, write_in_pieces
 from storage.object_servers import BUCKET, ObjectServer
 
 PIECE_BYTES = 1 << 20
@@ -104,6 +110,34 @@ class ObjectsConformance(StorageConformance):
         assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
         assert self.get(f"{place}/file") is None
 
+    def test_a_bucket_that_is_not_there(self, place: str) -> None:
+        """Is no empty directory: loads, listings, and saves of any size fail, and name it."""
+        url, options = f"{self.server.scheme}://no-such-bucket/run", self.server.options
+        storage, manager = Places(options), CheckpointManager(url, storage_options=options)
+        acts: list[Callable[[], object]] = [
+            lambda: storage.list_names(url),
+            lambda: storage.replace(f"{url}/file", b"1"),
+            lambda: put_by_upload(storage, f"{url}/file", bytes(33 << 20)),
+            lambda: manager.load_latest(torch.nn.Linear(1, 1)),
+        ]
+        for act in acts:
+            with pytest.raises(OSError, match="there is no bucket 'no-such-bucket'; make it first") as missing:
+                act()
+            assert missing.value.errno == errno.ENODEV
+        manager.close(60)
+        assert storage.list_names(f"{place}/nothing") == []
+
+    def test_a_bucket_that_one_may_not_ask_for(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Rights to objects alone are enough: then a bucket that is not seen counts as there."""
+        storage = make_storage(self.server.scheme, self.server.options)
+        assert isinstance(storage, ObjectStorage)
+
+        def refuse(*_: object) -> None:
+            raise PermissionError(errno.EACCES, "not yours")
+
+        monkeypatch.setattr(storage.find(place)[0], "info", refuse)
+        assert storage.list_names(f"{place}/nothing") == []
+
     def remove(self, path: str) -> None:
         self.client.rm_file(path)
 
@@ -113,14 +147,6 @@ class TestGCS(ObjectsConformance):
     def use_gcs(self, gcs: ObjectServer) -> None:
         self.use(gcs)
 
-
-if FULL:  # the same code, by another client and server
-
-    class TestAzure(ObjectsConformance):
-        @pytest.fixture(autouse=True)
-        def use_azure(self, azure: ObjectServer) -> None:
-            self.use(azure, can_copy=False)
-        refused = frozenset({"a#", "a\tb"})
 
 _SAVE_AS_USERS_DO = """
 import json, sys
@@ -153,3 +179,11 @@ def test_gs_as_users_have_it(gcs: ObjectServer) -> None:
     assert [f"gs://{name}" for name in sorted(names)] == [url, f"{url}.small"]
 
 
+if FULL:  # the same code, by another client and server
+
+    class TestAzure(ObjectsConformance):
+        refused = frozenset({"a#", "a\tb"})
+
+        @pytest.fixture(autouse=True)
+        def use_azure(self, azure: ObjectServer) -> None:
+            self.use(azure, can_copy=False)
