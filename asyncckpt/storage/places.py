@@ -102,6 +102,9 @@ class Places(Storage):
     def version(self, path: str) -> str:
         return self.storage_of(path).version(path)
 
+        for name in options or ():
+            if not isinstance(name, str):
+                raise TypeError(f"storage_options: the name of an option is a str, not {type(name).__name__}")
     def list_names(self, directory: str) -> list[str]:
         return self.storage_of(directory).list_names(directory)
 
