@@ -75,6 +75,17 @@ def scheme_named(name: str) -> Scheme:
     return scheme
 
 
+def is_known(name: str) -> bool:
+    """Whether it is a scheme at all, of a kind that can be written to or not."""
+    if name in _SCHEMES:
+        return True
+    if find_spec("fsspec") is None:
+        return False
+    from fsspec.registry import known_implementations, registry
+
+    return name in known_implementations or name in registry
+
+
 def _registered_here(name: str) -> Scheme | None:
     """A class that this process has registered with fsspec: no other process knows of it."""
     if find_spec("fsspec") is None:
