@@ -54,12 +54,16 @@ class FsspecStorage(ClaimedStorage):
         Some take "?" for the beginning of a query, as fsspec's own parser of URLs does, and leave it out.
         """
         place: str = file_system._strip_protocol(path)
-        if not place.endswith(path.split("://", 1)[1].partition("/")[2]):
+        if not self.key(file_system, place).endswith(path.split("://", 1)[1].partition("/")[2].rstrip("/")):
             raise OSError(
                 errno.EINVAL,
-                f"{scheme_of(path)}:// takes no such name: a '?', or a '#' at the end, or a tab, is cut off",
+                f"{scheme_of(path)}:// takes no such name: it cuts it off at a '?', a '#', or a tab",
                 path,
             )
+        return place
+
+    def key(self, file_system: Any, place: str) -> str:
+        """What the file system takes for the file's name, of a path on it."""
         return place
 
     def connect(self, path: str) -> Any:
