@@ -229,7 +229,7 @@ def doctor(
     from asyncckpt.cli import diagnosis
 
     with _storage(storage_option, directory) as storage:
-        examination = diagnosis.gather(storage, directory)
+        examination = diagnosis.gather(storage, _file(directory))
     _show(examination, diagnosis.draw, as_json)
     if not examination.ok:
         raise typer.Exit(FOUND)

@@ -289,7 +289,7 @@ def test_errors_name_the_url_and_the_remedy(command: str, monkeypatch: pytest.Mo
     ],
 )
 def test_urls_that_can_not_be_used(url: str, message: str) -> None:
-    for command in ("list", "verify", "inspect"):
+    for command in ("list", "verify", "inspect", "doctor"):
         error = error_of(command, url)
         assert message in error
         assert SECRET not in error
