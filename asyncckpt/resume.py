@@ -145,7 +145,7 @@ class Resume:
             for tier, directory in enumerate(self._tiers):
                 if directory.has_file(name):
                     return [_Candidate(directory.path_of(name), tier)]
-        return [_Candidate(file_path(name), 0)]
+        return [_Candidate(file_path(checkpoint), 0)]
 
     def _restore_first(
         self, choose: Callable[[list[_Found]], list[_Candidate]], target: Target, what: str

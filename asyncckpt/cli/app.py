@@ -229,7 +229,7 @@ def doctor(
     from asyncckpt.cli import diagnosis
 
     with _storage(storage_option, directory) as storage:
-        examination = diagnosis.gather(storage, directory)
+        examination = diagnosis.gather(storage, _file(directory))
     _show(examination, diagnosis.draw, as_json)
     if not examination.ok:
         raise typer.Exit(FOUND)
@@ -263,8 +263,8 @@ def _storage(options: list[str] | None, *paths: str) -> Iterator[Places]:
 
 def _existing(directory: str) -> str:
     """In a store a directory is there as soon as it is written to."""
-    if scheme_of(directory):
-        return full_path(directory)
+    if directory and scheme_of(full := full_path(directory)):
+        return full
     if not os.path.isdir(directory):
         what = "is not a directory" if os.path.exists(directory) else "does not exist"
         raise CheckpointNotFoundError(f"{directory} {what}")
@@ -275,8 +275,8 @@ def _file(path: str) -> str:
     """Without the slash that shells add to what turns out to be a directory."""
     if not path:
         raise typer.BadParameter("a path can't be empty")
-    if scheme_of(path):
-        return full_path(path)
+    if scheme_of(full := full_path(path)):
+        return full
     return path.rstrip(os.sep) or f"{os.sep}."
 
 

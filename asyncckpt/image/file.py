@@ -55,10 +55,10 @@ def num_reading_threads(reader: Reader) -> int:
 
 def file_path(path: str | os.PathLike[str]) -> str:
     """The full path of a checkpoint's file, on this machine or as a URL."""
-    name = os.fspath(path)
-    if isinstance(name, str) and name.endswith(os.sep):
-        raise ValueError(f"a checkpoint's path names a file, not {name!r}")
-    return full_path(name)
+    full = full_path(path)  # which refuses what must not be repeated
+    if os.fspath(path).endswith(os.sep):
+        raise ValueError(f"a checkpoint's path names a file, not {os.fspath(path)!r}")
+    return full
 
 
 def open_checkpoint(storage: Storage, path: str, *, follow_links: bool = True) -> Reader:

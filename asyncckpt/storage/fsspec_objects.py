@@ -1,8 +1,8 @@
 """Object stores that fsspec opens (gs, abfs, and others): the finished put is the commit. No torch.
 
 Never `with file_system.open(…)`: an exception inside publishes half a file. What is small is put at the commit; the
-rest goes into a file that is not finished before. What a writer that died has sent of one the store itself forgets
-within a week, and never shows.
+rest goes into a file that is not finished before. What a writer that died has sent of one never shows; gs and abfs
+forget it within a week, others keep it until a rule of theirs, or somebody, does away with it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BLOCK_BYTES = 8 << 20
 
 
 class ObjectStorage(FsspecStorage):
-    """Objects. `can_copy` says whether the store copies in one act.
+    """Objects. `can_copy` says whether the store copies in one act, `has_buckets` whether those must be made first.
 
     What is sent can't be read before the commit, and is not held against a checksum but by the connection itself.
     """
@@ -32,22 +32,34 @@ class ObjectStorage(FsspecStorage):
         options: Mapping[str, Any] | None = None,
         *,
         can_copy: bool = True,
+        has_buckets: bool = False,
         piece_bytes: int = _PIECE_BYTES,
         **more: Any,
     ) -> None:
         super().__init__(options, **more)
         self._can_copy = can_copy
+        self._has_buckets = has_buckets
         self._piece_bytes = piece_bytes
+        self._found: set[str] = set()  # buckets
+
+    def key(self, file_system: Any, place: str) -> str:
+        """Without what it takes for an older version's name."""
+        return str(file_system.split_path(place)[1]) if self._has_buckets else place
 
     def begin(self, path: str, num_bytes: int, *, expected: str | None = None) -> Upload:
         if num_bytes > self._piece_bytes:
+            self._check_bucket(path)
             return _ObjectUpload(*self.find(path), path, num_bytes, self._piece_bytes)
         return SmallUpload(num_bytes, self._piece_bytes, lambda contents: self._put(path, contents))
 
     def _put(self, path: str, contents: bytes) -> None:
         file_system, place = self.find(path)
-        with explained(path):
-            file_system.pipe_file(place, contents)
+        try:
+            with explained(path):
+                file_system.pipe_file(place, contents)
+        except FileNotFoundError:
+            self._check_bucket(path)
+            raise
 
     def piece_bytes(self, path: str, num_bytes: int) -> int:
         return self._piece_bytes
@@ -56,15 +68,40 @@ class ObjectStorage(FsspecStorage):
         try:
             return super().list_names(directory)
         except FileNotFoundError:
+            self._check_bucket(directory)
             return []
+
+    def _check_bucket(self, path: str) -> None:
+        """Raise OSError (ENODEV) if there is no such bucket: its absence looks like that of files. Asks once."""
+        bucket = path.split("/", 3)[2]
+        if self._has_buckets and bucket not in self._found:
+            if self._is_missing(path):
+                raise OSError(errno.ENODEV, f"there is no bucket {bucket!r}; make it first, or correct the URL")
+            self._found.add(bucket)
+
+    def _is_missing(self, path: str) -> bool:
+        """Whether the store says that there is no such bucket. It may not say so to those who may not ask."""
+        file_system, place = self.find(path)
+        bucket = place.split("/", 1)[0]
+        for look in (file_system.info, file_system.ls):  # who may not look at a bucket may list what is in it
+            try:
+                with explained(path):
+                    look(bucket)
+            except FileNotFoundError:
+                continue
+            except OSError:
+                pass
+            return False
+        return True
 
     def copy(self, source: str, destination: str) -> None:
         if not self._can_copy:
             super().copy(source, destination)
             return
         file_system, place = self.find(source)
+        target = self.place(file_system, destination)
         with explained(source):
-            file_system.cp_file(place, file_system._strip_protocol(destination))
+            file_system.cp_file(place, target)
 
 
 class _ObjectUpload(Upload):

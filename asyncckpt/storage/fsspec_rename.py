@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,9 +100,17 @@ class _RenameUpload(Upload):
                 self._path,
             )
         with explained(self._path):
-            self._file_system.mv(self._temporary_place, self._place)
+            self._move()
         self._temporary.end()
         self._temporary_place = ""
+
+    def _move(self) -> None:
+        """By the names as they are: a `mv` may expand wildcards, so what moves one file comes first, and is checked."""
+        file_system = self._file_system
+        getattr(file_system, "mv_file", file_system.mv)(self._temporary_place, self._place)
+        found = file_system.info(self._place)
+        if found["size"] != self._num_bytes or file_system.exists(self._temporary_place):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def abort(self) -> None:
         with contextlib.suppress(OSError):

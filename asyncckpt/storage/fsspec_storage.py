@@ -7,6 +7,7 @@ writers that start within the same moment both may go on for a few seconds, unti
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Collection, Mapping, Sequence
@@ -45,7 +46,25 @@ class FsspecStorage(ClaimedStorage):
             if file_system is None or not self.is_connected(file_system):
                 with explained(key[1]):
                     file_system = self._file_systems[key] = self.connect(path)
-        return file_system, file_system._strip_protocol(path)
+        return file_system, self.place(file_system, path)
+
+    def place(self, file_system: Any, path: str) -> str:
+        """The path on the file system. Raises OSError (EINVAL) if it would not be all of the URL's.
+
+        Some take "?" for the beginning of a query, as fsspec's own parser of URLs does, and leave it out.
+        """
+        place: str = file_system._strip_protocol(path)
+        if not self.key(file_system, place).endswith(path.split("://", 1)[1].partition("/")[2].rstrip("/")):
+            raise OSError(
+                errno.EINVAL,
+                f"{scheme_of(path)}:// takes no such name: it cuts it off at a '?', a '#', or a tab",
+                path,
+            )
+        return place
+
+    def key(self, file_system: Any, place: str) -> str:
+        """What the file system takes for the file's name, of a path on it."""
+        return place
 
     def connect(self, path: str) -> Any:
         """A new connection to the file system that a URL is on, one that nobody else uses."""
@@ -53,7 +72,8 @@ class FsspecStorage(ClaimedStorage):
         from fsspec.dircache import DirCache
 
         kind = get_filesystem_class(scheme_of(path))
-        file_system = kind(**{**kind._get_kwargs_from_urls(path), **self._options}, skip_instance_cache=True)
+        server = "/".join(path.split("/", 3)[:3])  # a path's "?" or "#" would be taken for options
+        file_system = kind(**{**kind._get_kwargs_from_urls(server), **self._options}, skip_instance_cache=True)
         file_system.dircache = DirCache(use_listings_cache=False)  # as an option not all kinds take it
         return file_system
 

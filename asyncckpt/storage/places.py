@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import msgspec
 
 from asyncckpt.errors import CheckpointError
-from asyncckpt.paths import scheme_of
+from asyncckpt.paths import collapsed_scheme_of, is_chained, scheme_of
 from asyncckpt.storage.base import Lock, Reader, Storage, Upload
 from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.options import s3_options
-from asyncckpt.storage.schemes import make_storage, scheme_named
+from asyncckpt.storage.schemes import Way, is_known, make_storage, scheme_named
+
+_SAME_AS = {"s3a": "s3"}  # Hadoop's name for it
+_SERVER = re.compile(r"([^:]*@)?(\[[\da-fA-F:.]+\]|[^:@]*)(:\d+)?")  # the user's name, the host, the port
 
 
 def full_path(path: str | os.PathLike[str], what: str = "a checkpoint's path") -> str:
@@ -27,15 +31,14 @@ def full_path(path: str | os.PathLike[str], what: str = "a checkpoint's path") -
         raise TypeError(f"{what} is a str or a Path, not {type(name).__name__}")
     if not name or "\0" in name:
         raise ValueError(f"{what} names a file or a directory, not {name!r}")
+    name = _uncollapsed(name, is_text=isinstance(path, str))
     scheme = scheme_of(name)
     if not scheme:
         return os.path.abspath(name)
-    way = scheme_named(scheme).way
     rest = name[len(scheme) + len("://") :]
-    user, at, _ = rest.split("/", 1)[0].rpartition("@")
-    # In a bucket's place a colon is a secret's, which may hold a slash; elsewhere a user's name may stand there.
-    if (way == "s3" and (at or ":" in rest.split("/", 1)[0])) or (at and ":" in user):
-        raise CheckpointError(f"{scheme}://…: credentials don't belong into a URL; pass them in storage_options")
+    scheme = _SAME_AS.get(scheme, scheme)
+    way = scheme_named(scheme).way
+    _check_server(scheme, way, rest.split("/", 1)[0])
     if any(part in (".", "..") for part in rest.split("/")):
         raise CheckpointError(f"{name}: a URL's parts may not be '.' or '..'")
     if rest.startswith("/") and way in ("sftp", "rename"):
@@ -44,6 +47,36 @@ def full_path(path: str | os.PathLike[str], what: str = "a checkpoint's path") -
     if len(parts) < (1 if way == "memory" else 2):
         raise CheckpointError(f"{name}: a bucket, or a server, alone is no place; add a path: {scheme}://bucket/run")
     return f"{scheme}://" + "/".join(parts)
+
+
+def _uncollapsed(name: str, *, is_text: bool) -> str:
+    """What was a URL before it became a Path is that URL again. Raises `CheckpointError` for what only looks like one.
+
+    Left alone, it would name a directory of this machine. No message repeats it: it may hold a secret.
+    """
+    if is_chained(name):
+        raise CheckpointError(f"{name.split('::')[0]}::…: URLs can't be chained here; give the last one alone")
+    scheme = collapsed_scheme_of(name)
+    if not scheme or not is_known(scheme):
+        return name
+    if is_text:
+        raise CheckpointError(f"{scheme}:/…: write {scheme}://… for a URL, ./{scheme}:/… for a path on this machine")
+    return name.replace(":/", "://", 1)
+
+
+def _check_server(scheme: str, way: Way, server: str) -> None:
+    """Raise `CheckpointError` if there are credentials in a bucket's or a server's place; they may hold a slash."""
+    if way == "s3" and server.startswith("arn:"):
+        raise CheckpointError(
+            f"{scheme}://arn:…: an ARN can't be used; an access point has an alias (`aws s3control get-access-point` "
+            "tells it), which may stand in a bucket's place"
+        )
+    if way in ("s3", "objects"):
+        is_plain = ":" not in server and not (way == "s3" and "@" in server)
+    else:
+        is_plain = way == "memory" or _SERVER.fullmatch(server) is not None
+    if not is_plain:
+        raise CheckpointError(f"{scheme}://…: credentials don't belong into a URL; pass them in storage_options")
 
 
 def is_directory(storage: Storage, path: str) -> bool:
@@ -75,6 +108,9 @@ class Places(Storage):
     ) -> None:
         if not isinstance(options, Mapping | None):
             raise TypeError(f"{name} is a dict, not {type(options).__name__}")
+        for option in options or ():
+            if not isinstance(option, str):
+                raise TypeError(f"{name}: the name of an option is a str, not {type(option).__name__}")
         self.options = dict(options or {})
         self.journals = journals
         self.never_forks = never_forks

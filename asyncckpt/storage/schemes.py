@@ -26,12 +26,14 @@ class Scheme:
     package: str
     install: str
     can_copy: bool = True  # an object store that copies in one act
+    has_buckets: bool = False  # an object store that tells of a bucket that is not there
     replaces: bool = True  # a file system whose rename replaces what is there
     is_elsewhere_too: bool = True  # another process finds the same by the same scheme and options
 
 
-_GCS = Scheme("objects", "gcsfs", "asyncckpt[gcs]")
-_AZURE = Scheme("objects", "adlfs", "asyncckpt[azure]", can_copy=False)  # its copies go on after they are acknowledged
+_GCS = Scheme("objects", "gcsfs", "asyncckpt[gcs]", has_buckets=True)
+# Its copies go on after they are acknowledged.
+_AZURE = Scheme("objects", "adlfs", "asyncckpt[azure]", can_copy=False, has_buckets=True)
 _SFTP = Scheme("sftp", "paramiko", "asyncckpt[sftp]")
 _SCHEMES: Mapping[str, Scheme] = {
     "s3": Scheme("s3", "s3fs", "asyncckpt[s3]"),
@@ -73,6 +75,17 @@ def scheme_named(name: str) -> Scheme:
     return scheme
 
 
+def is_known(name: str) -> bool:
+    """Whether it is a scheme at all, of a kind that can be written to or not."""
+    if name in _SCHEMES:
+        return True
+    if find_spec("fsspec") is None:
+        return False
+    from fsspec.registry import known_implementations, registry
+
+    return name in known_implementations or name in registry
+
+
 def _registered_here(name: str) -> Scheme | None:
     """A class that this process has registered with fsspec: no other process knows of it."""
     if find_spec("fsspec") is None:
@@ -87,9 +100,14 @@ def _registered_here(name: str) -> Scheme | None:
 
 
 def _is_stock(kind: type, known: Mapping[str, Any] | None) -> bool:
-    """Whether it is the class that fsspec itself would import."""
+    """Whether it is what fsspec itself would import: of fsspec's own classes that one, of another package any.
+
+    Packages call their classes as they like: `gcsfs.GCSFileSystem` is an `ExtendedGcsFileSystem` by now.
+    """
     path = str(known["class"]).replace(":", ".") if known is not None else ""
-    return path.rpartition(".")[2] == kind.__name__ and path.split(".")[0] == kind.__module__.split(".")[0]
+    package = path.split(".")[0]
+    is_same = package != "fsspec" or path.rpartition(".")[2] == kind.__name__
+    return is_same and package == kind.__module__.split(".")[0]
 
 
 def _known_to_fsspec(name: str) -> Scheme | None:
@@ -148,7 +166,12 @@ def make_storage(name: str, options: Mapping[str, Any]) -> Storage:
     if scheme.way == "objects":
         from asyncckpt.storage.fsspec_objects import ObjectStorage
 
-        return ObjectStorage(options, can_copy=scheme.can_copy, is_elsewhere_too=scheme.is_elsewhere_too)
+        return ObjectStorage(
+            options,
+            can_copy=scheme.can_copy,
+            has_buckets=scheme.has_buckets,
+            is_elsewhere_too=scheme.is_elsewhere_too,
+        )
     assert scheme.way == "rename"
     from asyncckpt.storage.fsspec_rename import RenameStorage
 

@@ -41,6 +41,10 @@ class SFTPStorage(FsspecStorage):
         file_system.more = []  # connections, once the server opens no more clients on this one
         return file_system
 
+    def place(self, file_system: Any, path: str) -> str:
+        """All that follows the server: fsspec's would end at a "?"."""
+        return "/" + path.split("/", 3)[3]
+
     def is_connected(self, file_system: Any) -> bool:
         transport = file_system.client.get_transport()
         return transport is not None and bool(transport.is_active())

@@ -283,10 +283,13 @@ def test_errors_name_the_url_and_the_remedy(command: str, monkeypatch: pytest.Mo
         ("carrier-pigeon://bucket/run", "carrier-pigeon://"),
         ("s3://bucket", "alone is no place"),
         (f"s3://{KEY}:{SECRET}@bucket/run", "credentials don't belong into a URL"),
+        (f"sftp://me:a/{SECRET}@server/run/", "credentials don't belong into a URL"),
+        (f"s3:/{KEY}:{SECRET}@bucket/run", "write s3://… for a URL"),
+        (f"simplecache::s3://{KEY}:{SECRET}@bucket/run", "can't be chained"),
     ],
 )
 def test_urls_that_can_not_be_used(url: str, message: str) -> None:
-    for command in ("list", "verify", "inspect"):
+    for command in ("list", "verify", "inspect", "doctor"):
         error = error_of(command, url)
         assert message in error
         assert SECRET not in error

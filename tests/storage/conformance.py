@@ -84,6 +84,7 @@ class StorageConformance(ABC):
     keeps_what_is_read = True  # also when it has been replaced or deleted
     shows_what_is_not_committed = True
     sees_who_lives = True  # of those who are uploading
+    refused = frozenset[str]()  # names that it does not take
     dead_upload_bytes = 8192
 
     @pytest.fixture
@@ -467,6 +468,31 @@ class StorageConformance(ABC):
                 storage.list_names(f"{place}/missing")
         else:
             assert storage.list_names(f"{place}/missing") == []
+
+    @pytest.mark.parametrize(
+        "name", ["a?b", "a?versionid=1", "a#1", "a#", "a*", "[a]", "a%20b", "a b", "a\tb", "ä&b=c"]
+    )
+    def test_names_that_mean_something_elsewhere(self, storage: Storage, place: str, name: str) -> None:
+        """To shells, to URLs: here they are names, or refused before anything is written; never cut off."""
+        storage.replace(f"{place}/a", b"old")
+        if name in self.refused:
+            for act in (
+                lambda: storage.replace(f"{place}/{name}", b"new"),
+                lambda: storage.list_names(f"{place}/{name}"),
+            ):
+                with pytest.raises(OSError, match="takes no such name"):
+                    act()
+            assert self.list_names(place) == {"a"}
+        else:
+            for path in (f"{place}/{name}", f"{place}/in{name}/{name}"):
+                storage.replace(path, b"new")
+                assert self.get(path) == storage.read(path, 3) == b"new"
+            storage.link(f"{place}/{name}", f"{place}/in{name}/b{name}")
+            assert storage.list_names(place) == sorted(["a", name, f"in{name}"])
+            assert storage.list_names(f"{place}/in{name}") == sorted([name, f"b{name}"])
+            storage.delete([f"{place}/{name}"])
+            assert storage.list_names(place) == ["a", f"in{name}"]
+        assert self.get(f"{place}/a") == b"old"
 
     # --- deleting ---
 

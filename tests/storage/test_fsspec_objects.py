@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import pytest
+import torch
 from reliability.gates import FULL
 
+from asyncckpt import CheckpointManager
 from asyncckpt.storage.base import Storage
-from storage.conformance import StorageConformance, make_content, write_in_pieces
+from asyncckpt.storage.fsspec_objects import ObjectStorage
+from asyncckpt.storage.places import Places
+from asyncckpt.storage.schemes import make_storage
+from storage.conformance import StorageConformance, make_content, put_by_upload, write_in_pieces
 from storage.object_servers import BUCKET, ObjectServer
 
 PIECE_BYTES = 1 << 20
@@ -37,6 +45,7 @@ class ObjectsConformance(StorageConformance):
     def use(self, server: ObjectServer, **more: Any) -> None:
         self.options = {
             "options": server.options,
+            "has_buckets": True,
             "piece_bytes": PIECE_BYTES,
             "beat_secs": 0.2,
             "lease_secs": 3.0,
@@ -103,6 +112,44 @@ class ObjectsConformance(StorageConformance):
         assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
         assert self.get(f"{place}/file") is None
 
+    @pytest.mark.parametrize("name", ["a#1", "a?generation=1", "a?versionid=1"])
+    def test_names_of_older_versions(self, place: str, name: str) -> None:
+        """Are refused where the client looks for such: what is replaced would be the file itself."""
+        self.put(f"{place}/a", b"old")
+        storage = ObjectStorage({**self.server.options, "version_aware": True}, has_buckets=True)
+        with suppress(OSError):
+            storage.replace(f"{place}/{name}", b"new")
+            assert self.list_names(place) == {"a", name}
+        assert self.get(f"{place}/a") == b"old"
+
+    def test_a_bucket_that_is_not_there(self, place: str) -> None:
+        """Is no empty directory: loads, listings, and saves of any size fail, and name it."""
+        url, options = f"{self.server.scheme}://no-such-bucket/run", self.server.options
+        storage, manager = Places(options), CheckpointManager(url, storage_options=options)
+        acts: list[Callable[[], object]] = [
+            lambda: storage.list_names(url),
+            lambda: storage.replace(f"{url}/file", b"1"),
+            lambda: put_by_upload(storage, f"{url}/file", bytes(33 << 20)),
+            lambda: manager.load_latest(torch.nn.Linear(1, 1)),
+        ]
+        for act in acts:
+            with pytest.raises(OSError, match="there is no bucket 'no-such-bucket'; make it first") as missing:
+                act()
+            assert missing.value.errno == errno.ENODEV
+        manager.close(60)
+        assert storage.list_names(f"{place}/nothing") == []
+
+    def test_a_bucket_that_one_may_not_ask_for(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Rights to objects alone are enough: then a bucket that is not seen counts as there."""
+        storage = make_storage(self.server.scheme, self.server.options)
+        assert isinstance(storage, ObjectStorage)
+
+        def refuse(*_: object) -> None:
+            raise PermissionError(errno.EACCES, "not yours")
+
+        monkeypatch.setattr(storage.find(place)[0], "info", refuse)
+        assert storage.list_names(f"{place}/nothing") == []
+
     def remove(self, path: str) -> None:
         self.client.rm_file(path)
 
@@ -113,9 +160,42 @@ class TestGCS(ObjectsConformance):
         self.use(gcs)
 
 
+_SAVE_AS_USERS_DO = """
+import json, sys
+import fsspec, gcsfs, torch
+import asyncckpt
+
+async def bucket_type(self, bucket):  # which Google would tell, and no server here
+    from gcsfs.extended_gcsfs import BucketType
+    return BucketType.NON_HIERARCHICAL
+
+gcsfs.GCSFileSystem._get_bucket_type = bucket_type
+options, url = json.loads(sys.argv[1]), sys.argv[2]
+fsspec.filesystem("gs", **options).ls(url.rsplit("/", 2)[0])
+with asyncckpt.AsyncCheckpointSaver(storage_options=options, writer="thread") as saver:
+    saver.save({"large": torch.arange(10_000_000.0)}, url).result(60)
+    saver.save({"small": torch.ones(1)}, f"{url}.small").result(60)
+assert torch.equal(asyncckpt.load(url, storage_options=options)["large"], torch.arange(10_000_000.0))
+"""
+
+
+def test_gs_as_users_have_it(gcs: ObjectServer) -> None:
+    """With the class that gcsfs chooses by itself, loaded before; names are no patterns, and nothing is left over."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GCSFS")}
+    url = f"gs://{BUCKET}/{secrets.token_hex(4)}/run [1]*/a*.pt"
+    gcs.client().pipe_file(f"{url.rsplit('/', 2)[0]}/other", b"1")
+    command = [sys.executable, "-c", _SAVE_AS_USERS_DO, json.dumps(gcs.options), url]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    names = gcs.client().ls(url.rsplit("/", 1)[0])
+    assert [f"gs://{name}" for name in sorted(names)] == [url, f"{url}.small"]
+
+
 if FULL:  # the same code, by another client and server
 
     class TestAzure(ObjectsConformance):
+        refused = frozenset({"a#", "a\tb", "a?versionid=1"})
+
         @pytest.fixture(autouse=True)
         def use_azure(self, azure: ObjectServer) -> None:
             self.use(azure, can_copy=False)

@@ -96,6 +96,12 @@ def test_a_connection_that_is_cut(storage: SFTPStorage, ssh_server: SFTPServer, 
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_name_that_looks_like_options(storage: SFTPStorage, tmp_path: Path) -> None:
+    """Is a name, also where it is the first that the server is asked for."""
+    put_by_upload(storage, f"{SFTPServer.url(tmp_path)}/a?port=1#b", b"1")
+    assert os.listdir(tmp_path) == ["a?port=1#b"]
+
+
 def test_more_uploads_than_one_connection_takes(storage: SFTPStorage, tmp_path: Path) -> None:
     """A server opens ten clients on one connection; then another connection is made."""
     uploads = [storage.begin(f"{SFTPServer.url(tmp_path)}/{number}", 1) for number in range(14)]
