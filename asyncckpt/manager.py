@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
@@ -20,7 +19,6 @@ import torch
 from asyncckpt.distributed.ranks import Ranks
 from asyncckpt.distributed.sharding import check_replicated
 from asyncckpt.errors import (
-    CheckpointError,
     CheckpointWriteError,
     MetricNotFoundError,
     RegistryError,
@@ -29,13 +27,13 @@ from asyncckpt.errors import (
 from asyncckpt.image.file import verify_listed
 from asyncckpt.mirror_tier import MirrorOptions, MirrorTier, check_backlog, mirror_place
 from asyncckpt.naming import BEST_NAME, checkpoint_name
+from asyncckpt.opening import Opening
 from asyncckpt.pace import Pace
 from asyncckpt.paths import as_path
 from asyncckpt.policies import SavePolicy
 from asyncckpt.records import CheckpointInfo, VerifyReport, is_better
 from asyncckpt.registry.backlog import Mirrored
 from asyncckpt.registry.directory import CheckpointDirectory, Listing
-from asyncckpt.registry.registry import Registry
 from asyncckpt.registry.retention import KeepLast, RetentionPolicy
 from asyncckpt.resume import Resume, Target, check_names
 from asyncckpt.service.handle import SaveHandle
@@ -44,7 +42,7 @@ from asyncckpt.state.capture import as_float, as_int, create_checkpoint, unwrap
 from asyncckpt.state.rng import capture_rng_states
 from asyncckpt.state.stateful import capture_stateful
 from asyncckpt.storage.base import Storage
-from asyncckpt.storage.bounded import BoundedStorage, NoAnswerError
+from asyncckpt.storage.bounded import BoundedStorage
 from asyncckpt.storage.journal import journals_directory
 from asyncckpt.storage.places import Places, full_path
 from asyncckpt.threads import log_quietly
@@ -55,9 +53,6 @@ if TYPE_CHECKING:
     from asyncckpt.service.options import SaverOptions
 
 T = TypeVar("T")
-
-_MAX_LOOK_SECS = 2.0  # what a save spends on looking at a directory that does not answer, once
-_MIRROR_TIER = 1  # among the places that are loaded from
 
 
 class CheckpointManager:
@@ -143,7 +138,6 @@ class CheckpointManager:
         self._finalizer = weakref.finalize(self, self._storage.end, _nothing)
         self._finalizer.atexit = False
         self._lock_timeout_secs = lock_timeout_secs
-        self._max_opening_secs = lock_timeout_secs + self._saver.stall_timeout_secs
         self._directory = CheckpointDirectory(
             str(self.checkpoint_dir),
             self._saver.storage,
@@ -162,10 +156,16 @@ class CheckpointManager:
             self._directory.mirrored, self._directory.mirror_backlog_bytes = Mirrored(), mirror_backlog_bytes
         tiers = [self._directory, *([self._mirror.directory] if self._mirror is not None else [])]
         self._resume = Resume(tiers, self._saver.emit, weights_only=weights_only)
+        self._opening = Opening(
+            self._directory,
+            self._storage,
+            self._saver.wait_idle,
+            lock_timeout_secs + self._saver.stall_timeout_secs,
+            self._mirror,
+            self._resume.seen,
+        )
         self._saving = threading.RLock()  # guards what follows; reentrant, since signal handlers may save
-        self._is_opening = False
         self._newest_step: int | None = None
-        self._continued: Registry | None = None  # what was in the mirror, for a run that goes on from there
         self._pace = Pace()
 
     def _make_mirror(self, place: str, storage: Storage, retention: RetentionPolicy) -> MirrorTier:
@@ -317,7 +317,7 @@ class CheckpointManager:
         with self._saving:
             self._saver.check_usable()
             try:
-                is_certain = self._open()
+                is_certain = self._opening.open()
             except (CheckpointWriteError, StorageBusyError, RegistryError) as error:
                 if not self._directory.was_open:
                     raise
@@ -366,71 +366,9 @@ class CheckpointManager:
         self._newest_step = info.global_step
         self._pace.note_save(handle, info)
 
-    def _open(self) -> bool:
-        """Open the directory for writing, if it is not open; False when the storage does not say whether it still is.
-
-        Bounded, whatever the storage does. When it does not answer during the opening, that goes on in the background.
-        """
-        if self._is_opening:
-            raise CheckpointError(f"{self.checkpoint_dir} is being opened for writing by what this signal interrupted")
-        is_open = self._looks_open()
-        if is_open is not False:
-            return is_open is True
-        self._is_opening = True
-        try:
-            # Somebody may have moved or removed the directory under what is in flight.
-            if not self._saver.wait_idle(self._max_opening_secs):
-                raise NoAnswerError
-            if not self._directory.was_open and self._mirror is not None:
-                self._continue_run(self._mirror)
-            self._storage.ask(self._directory.open_for_writing, self._max_opening_secs)
-        except NoAnswerError:
-            raise StorageBusyError(
-                f"{self.checkpoint_dir} could not be opened for writing: the storage does not answer. The opening goes "
-                "on in the background; a later save finds it done, or tries again"
-            ) from None
-        finally:
-            self._is_opening = False
-        return True
-
-    def _continue_run(self, mirror: MirrorTier) -> None:
-        """Let an empty directory go on with the run that is in the mirror: what a load found there, or what is found
-        there now.
-
-        The mirror is asked only if the directory is empty and nothing was loaded, and not for long: a save does not
-        wait for it. Raises `NoAnswerError` if the directory itself does not answer.
-        """
-        seen = self._resume.seen.get(_MIRROR_TIER)
-        if seen is None and self._storage.ask(self._is_empty, self._max_opening_secs):
-            seen = mirror.look()
-        self._continued = seen
-        if seen is not None:
-            self._directory.continue_run(seen.run_id, seen.last_sequence)
-
-    def _is_empty(self) -> bool:
-        """Whether the directory holds nothing of any run; not so if it can't be read, which its opening tells of."""
-        with contextlib.suppress(OSError, CheckpointError):
-            found = self._directory.read()
-            return found.recorded is None and not found.registry.checkpoints
-        return False
-
-    def _looks_open(self) -> bool | None:
-        """Whether the directory is open for writing; None when it should be, but the storage does not answer."""
-        if self._directory.known is None:
-            return False
-        try:
-            return self._storage.ask(self._directory.look, _MAX_LOOK_SECS)
-        except NoAnswerError:
-            return None
-
-    def _registry(self) -> Registry:
-        """The registry: the writer's own, also when the storage does not answer, or what is read from the directory."""
-        known = self._directory.known if self._looks_open() is not False else None
-        return self._directory.registry if known is None else known
-
     def _is_improvement(self, info: CheckpointInfo) -> bool:
         """On the best there is, also in the mirror that an empty disk went on from, and on what is being written."""
-        registry, continued = self._directory.own_registry, self._continued
+        registry, continued = self._directory.own_registry, self._opening.continued
         best = registry.best_score
         scores = [other.metric(self.monitor_metric) for other in self._pace.in_flight]
         if continued is not None and continued.run_id == registry.run_id:
@@ -560,30 +498,30 @@ class CheckpointManager:
 
     def list_checkpoints(self) -> list[CheckpointInfo]:
         """All checkpoints, in the order of their commits. Reads the registry; changes nothing."""
-        return [self._directory.locate(info) for info in self._registry().checkpoints]
+        return [self._directory.locate(info) for info in self._opening.registry().checkpoints]
 
     @property
     def latest(self) -> CheckpointInfo | None:
         """The checkpoint that was committed last."""
-        latest = self._registry().latest
+        latest = self._opening.registry().latest
         return latest and self._directory.locate(latest)
 
     @property
     def best(self) -> CheckpointInfo | None:
         """The best checkpoint by the monitored metric."""
-        best = self._registry().best
+        best = self._opening.registry().best
         return best and self._directory.locate(best)
 
     @property
     def best_score(self) -> float:
         """The best checkpoint's metric; without one, infinitely bad."""
-        score = self._registry().best_score
+        score = self._opening.registry().best_score
         return score if score is not None else float("inf" if self.monitor_mode == "min" else "-inf")
 
     @property
     def best_checkpoint_path(self) -> Path | None:
         """`best_model.pt`, if there is a best checkpoint. It may share its bytes with the checkpoint's own file."""
-        return self.checkpoint_dir / BEST_NAME if self._registry().best else None
+        return self.checkpoint_dir / BEST_NAME if self._opening.registry().best else None
 
     def verify(self) -> list[VerifyReport]:
         """Read every byte of every checkpoint and check it. Blocks; changes nothing. A missing file is a problem."""
@@ -597,7 +535,7 @@ class CheckpointManager:
         In a distributed run rank 0 does it, and waits for nobody; on the others nothing happens, and none are returned.
         """
         if Ranks().is_first and self._mirror is not None:
-            self._directory.mirrored = self._mirror.find_mirrored(self._registry())
+            self._directory.mirrored = self._mirror.find_mirrored(self._opening.registry())
         if dry_run:
             return [self._directory.locate(info) for info in self._directory.prune(retention, dry_run=True)]
         return self._on_directory(lambda: self._directory.prune(retention), "prune")
@@ -625,7 +563,7 @@ class CheckpointManager:
             return []
         self._saver.check_open()
         with self._saving:
-            self._open()
+            self._opening.open()
             mirror = self._mirror.running() if self._mirror is not None else None
         changed = self._saver.run_on_worker(change, name, str(self.checkpoint_dir))
         if mirror is not None:

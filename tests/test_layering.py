@@ -25,7 +25,8 @@ LAYERS = [
     "cli.tensors",
     "cli.output cli.options",
     "manager",
-    "mirror_tier pace",
+    "opening pace",
+    "mirror_tier",
     "resume distributed.ddp preemption",
     "state.restore state.sampler",
     "state.capture",
@@ -92,7 +93,7 @@ LAYERS = [
 ]
 TORCH_FREE = {
     *("errors", "events", "init", "naming", "records", "threads", "version", "policies", "interval", "overhead"),
-    *("mirror_tier", "pace", "warn"),
+    *("mirror_tier", "opening", "pace", "warn"),
     *("registry.registry", "registry.retention", "registry.backlog", "registry.recovery", "registry.directory"),
     *("registry.files", "registry.index", "registry.turns", "registry.mirror_note"),
     *("registry.replication", "service.mirror", "service.mirror_process", "service.replicator"),
