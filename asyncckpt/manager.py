@@ -317,7 +317,7 @@ class CheckpointManager:
         with self._saving:
             self._saver.check_usable()
             try:
-                is_certain = self._opening.open()
+                is_certain = self._opening.open_for_writing()
             except (CheckpointWriteError, StorageBusyError, RegistryError) as error:
                 if not self._directory.was_open:
                     raise
@@ -563,7 +563,7 @@ class CheckpointManager:
             return []
         self._saver.check_open()
         with self._saving:
-            self._opening.open()
+            self._opening.open_for_writing()
             mirror = self._mirror.running() if self._mirror is not None else None
         changed = self._saver.run_on_worker(change, name, str(self.checkpoint_dir))
         if mirror is not None:

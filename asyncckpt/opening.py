@@ -40,11 +40,11 @@ class Opening:
         self._is_opening = False
         self.continued: Registry | None = None  # what was in the mirror, for a run that goes on from there
 
-    def open(self) -> bool:
+    def open_for_writing(self) -> bool:
         """Open the directory for writing, if it is not open; False when the storage does not say whether it still is.
 
         For one thread at a time, and the signal handlers that interrupt it. When the storage does not answer during the
-        opening, that goes on in the background. Raises as `open_for_writing` does, and `StorageBusyError` then.
+        opening, that goes on in the background. Raises as `CheckpointDirectory.open_for_writing` does, and `StorageBusyError` then.
         """
         path = self._directory.path
         if self._is_opening:
