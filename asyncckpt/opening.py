@@ -44,7 +44,7 @@ class Opening:
         """Open the directory for writing, if it is not open; False when the storage does not say whether it still is.
 
         For one thread at a time, and the signal handlers that interrupt it. When the storage does not answer during the
-        opening, that goes on in the background. Raises as `CheckpointDirectory.open_for_writing` does, and `StorageBusyError` then.
+        opening, that goes on in the background, and `StorageBusyError` is raised; else as the directory's own method.
         """
         path = self._directory.path
         if self._is_opening:
