@@ -259,7 +259,7 @@ class _PartsUpload(S3Upload):
         return multipart
 
     def _go_on(self, journal: Journal) -> _Multipart | None:
-        """With an upload that a process of ours has left; None when the store knows it no more."""
+        """With an upload that a process of ours has left; None when the store does not say what it has of it."""
         left = journal.upload
         note = Note(self._requests, self._path, left.note)
         multipart = _Multipart(self._requests, self._path, note, left.upload_id)
@@ -267,8 +267,8 @@ class _PartsUpload(S3Upload):
         try:
             for page in multipart.pages("list_parts"):
                 there |= {part["PartNumber"] - 1: (part["ETag"], part["Size"]) for part in page.get("Parts", ())}
-        except UploadGoneError:  # it may even have been completed
-            multipart.forget()
+        except OSError:  # gone (it may even have been completed), or nobody may ask: sending all of it costs less
+            multipart.abort()
             journal.remove()
             return None
         self._token = left.token
