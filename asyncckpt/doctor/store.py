@@ -14,7 +14,8 @@ from isal.isal_zlib import crc32
 from asyncckpt.cli.output import format_bytes, format_secs
 from asyncckpt.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding, Place, format_latency, reason
 from asyncckpt.image.fetch import NUM_FETCHING_THREADS
-from asyncckpt.storage.claim import has_conditions
+from asyncckpt.storage.base import Storage
+from asyncckpt.storage.claim import ClaimedStorage, has_conditions
 from asyncckpt.storage.places import Places
 from asyncckpt.storage.s3 import S3Storage
 
@@ -71,10 +72,12 @@ def check_writing(place: Place) -> Finding:
 
 def check_conditions(place: Place) -> Finding:
     """Whether a write may be bound to what it replaces: what keeps two writers apart where there are no locks."""
+    storage = _storage(place)
+    assert isinstance(storage, ClaimedStorage), "a URL's"
     with _gone_afterwards(place):
         try:
-            if not has_conditions(place.storage, place.probe):
-                return Finding(WARNING, "conditions of writes are ignored", "nobody is kept out", _ONE_WRITER)
+            if not has_conditions(storage, place.probe):
+                return Finding(WARNING, "conditions of writes are not heeded", "nobody is kept out", _ONE_WRITER)
             version = place.storage.version(place.probe)
             place.storage.replace(place.probe, b"", expected=version)
         except OSError as error:
@@ -151,8 +154,12 @@ def check_client(place: Place) -> Finding:
     return Finding(OK, storage.requests.describe(), "a writer process sends, with a GIL of its own")
 
 
+def _storage(place: Place) -> Storage:
+    return place.storage.storage_of(place.directory) if isinstance(place.storage, Places) else place.storage
+
+
 def _store(place: Place) -> S3Storage | None:
-    storage = place.storage.storage_of(place.directory) if isinstance(place.storage, Places) else place.storage
+    storage = _storage(place)
     return storage if isinstance(storage, S3Storage) else None
 
 

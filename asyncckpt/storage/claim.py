@@ -182,7 +182,12 @@ def _end_beats_at_exit() -> None:
 
 
 def take_claim(
-    storage: Storage, directory: str, holder: str, *, beat_secs: float = BEAT_SECS, lease_secs: float = LEASE_SECS
+    storage: ClaimedStorage,
+    directory: str,
+    holder: str,
+    *,
+    beat_secs: float = BEAT_SECS,
+    lease_secs: float = LEASE_SECS,
 ) -> Claim:
     """Claim a directory. Blocks for a lease where there is a claim whose holder shows no life.
 
@@ -217,7 +222,7 @@ def take_claim(
     return claim
 
 
-def has_conditions(storage: Storage, path: str) -> bool:
+def has_conditions(storage: ClaimedStorage, path: str) -> bool:
     """Whether the store binds a write to the version that it is to replace, as it finds when it writes at `path`.
 
     Blocks for some small writes. Raises OSError when those fail.
@@ -227,7 +232,7 @@ def has_conditions(storage: Storage, path: str) -> bool:
         with contextlib.suppress(ConflictError):
             storage.replace(path, b"", expected=expected)
             return False
-    return True
+    return storage.binds_writes
 
 
 _told: set[str] = set()
@@ -295,6 +300,11 @@ class ClaimedStorage(Storage):
 
     def __init__(self, **claim_secs: float) -> None:
         self._claim_secs = claim_secs
+
+    @property
+    def binds_writes(self) -> bool:
+        """False once the store has refused to bind a write to the version that it replaces: that is only looked at."""
+        return True
 
     def lock(self, directory: str, holder: str) -> Lock:
         return take_claim(self, directory, holder, **self._claim_secs)

@@ -213,7 +213,7 @@ class _ObstoreUpload(S3Upload):
         view, self._view = self._view, None
         if view is None or len(view) != self._num_bytes:
             raise OSError(errno.EIO, "a part of the upload is missing")
-        self._check_version()
+        self._check_version(self._expected)
         self._has_failed = True
         self._make_visible(
             lambda **_: self._stores.put(self._bucket, self._key, view, self._metadata, self._chunk_bytes)

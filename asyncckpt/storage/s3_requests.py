@@ -82,6 +82,10 @@ class UploadGoneError(OSError):
     """The store knows no such multipart upload (any more)."""
 
 
+class UnsupportedError(OSError):
+    """The store does not have what the request asks for, and will not have it either when it is asked again."""
+
+
 @dataclass(frozen=True, repr=False)
 class Connection:
     """Where requests go, and with what they are signed at present; no `secret` means that they are not signed."""
@@ -110,6 +114,7 @@ class S3Requests:
         self._file_system: Any = None
         self._pid = 0
         self._known_buckets: set[str] = set()
+        self.unsupported: set[str] = set()  # what the store was found not to have, in its users' words
 
     def send(
         self,
@@ -123,7 +128,8 @@ class S3Requests:
         """The answer to one operation of boto3's client, by its name. Blocks until the deadline, `num_bytes` being what
         goes over the wire; a failure that may pass is tried again, and noted, since the store may have done it.
 
-        Raises FileNotFoundError, PermissionError, `ConflictError`, `UploadGoneError`, or OSError, naming the URL.
+        Raises FileNotFoundError, PermissionError, `ConflictError`, `UploadGoneError`, `UnsupportedError`, or OSError,
+        naming the URL.
         """
         from tenacity import Retrying, retry_if_exception, wait_random_exponential
 
@@ -329,6 +335,8 @@ def _explained_answer(response: Answer, operation: str, bucket: str) -> OSError:
         return PermissionError(errno.EACCES, _REFUSALS[code].format(operation=operation))
     if code in _WRONG_REGION:
         return OSError(errno.EINVAL, f"the bucket is in another region ({message}); set region_name in client_kwargs")
+    if status == 501 or code == "NotImplemented":
+        return UnsupportedError(errno.EOPNOTSUPP, f"{operation}: {message}")
     if status >= 500 or status in _PASSING_STATUSES or code in _PASSING | _THROTTLING:
         return OSError(errno.ETIMEDOUT, f"{operation}: {message}")
     if status in (401, 403):
