@@ -406,6 +406,12 @@ def _is_of_options(error: BaseException) -> bool:
     return isinstance(error, (TypeError, ValueError, AttributeError, LookupError))
 
 
+def _with_key_of_source(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What is copied within the store is encrypted with the customer's key already: it is to be read with that."""
+    of_source = {f"CopySource{name}": value for name, value in arguments.items() if name.startswith("SSECustomer")}
+    return {**of_source, **arguments}
+
+
 def _make_file_system(options: Mapping[str, Any]) -> Any:
     import s3fs
 
@@ -416,6 +422,7 @@ def _make_file_system(options: Mapping[str, Any]) -> Any:
         "max_pool_connections": 32,
     }
     options = {**options, "config_kwargs": {**config, **options.get("config_kwargs", {})}}
+    options["s3_additional_kwargs"] = _with_key_of_source(options.get("s3_additional_kwargs", {}))
     file_system = s3fs.S3FileSystem(**options, skip_instance_cache=True, use_listings_cache=False)
     file_system.retries = 1  # ours know deadlines
     return file_system

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from asyncckpt.storage import claim
+from asyncckpt.storage import claim, s3
 from asyncckpt.storage.base import ConflictError
 from asyncckpt.storage.s3 import S3Storage
 from asyncckpt.storage.s3_requests import UnsupportedError
@@ -95,3 +95,32 @@ def test_what_a_write_replaces_is_looked_at_where_it_can_not_be_bound(
     assert server.client().cat_file(path) == b"theirs"
     storage.replace(path, contents, expected=storage.version(path))
     assert server.client().cat_file(path) == contents
+
+
+@pytest.fixture
+def encrypting(proxy: S3Proxy) -> S3Storage:
+    """With a key of the customer's."""
+    proxy.arm(None)
+    key = {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": secrets.token_hex(16)}
+    return S3Storage(proxy.server.options | {"s3_additional_kwargs": key}, least_part_bytes=PART_BYTES)
+
+
+def test_a_copy_of_what_a_key_of_the_customer_encrypts(encrypting: S3Storage, server: S3Server, place: str) -> None:
+    """The source is read with the key that it was written with, and the copy is not readable without it either."""
+    contents = make_content(NUM_BYTES)
+    put_by_upload(encrypting, f"{place}/file", contents)
+    encrypting.link(f"{place}/file", f"{place}/link")
+    assert encrypting.read(f"{place}/link", NUM_BYTES) == contents
+    with pytest.raises(OSError, match=f"{place}/link"):
+        S3Storage(server.options).read(f"{place}/link", NUM_BYTES)
+
+
+def test_a_copy_in_parts_of_what_a_key_of_the_customer_encrypts(
+    encrypting: S3Storage, proxy: S3Proxy, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part is asked for with the source's key. (SeaweedFS knows no such copies, so the proxy looks at that.)"""
+    monkeypatch.setattr(s3, "_MAX_COPY_BYTES", PART_BYTES)
+    put_by_upload(encrypting, f"{place}/file", make_content(NUM_BYTES))
+    proxy.lacking = {"x-amz-copy-source-server-side-encryption-customer-key"}
+    with pytest.raises(UnsupportedError, match="upload_part_copy: A header implies functionality"):
+        encrypting.link(f"{place}/file", f"{place}/link")
