@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -116,18 +117,31 @@ class S3Storage(ClaimedStorage):
         return _alive | self._journals.notes
 
     def sweep_file(self, path: str) -> bool:
-        """Abort what the note tells of, and delete it."""
-        destination = self.read(path, _MAX_NOTE_BYTES).decode("utf-8", "replace")
+        """Abort the upload that the note tells of, and delete it.
+
+        Where nobody has had the time to note which one that was, it is one of those that were begun after the note.
+        """
+        destination, upload_id = Note.parse(self.read(path, _MAX_NOTE_BYTES))
         if os.path.dirname(destination) != os.path.dirname(path):
             return False
         bucket, key = split(destination)
-        for page in self.requests.pages("list_multipart_uploads", bucket, Prefix=key):
-            for upload in page.get("Uploads", ()):
-                if upload["Key"] == key:
-                    with contextlib.suppress(UploadGoneError):
-                        self.requests.send("abort_multipart_upload", bucket, Key=key, UploadId=upload["UploadId"])
+        for upload in [upload_id] if upload_id else self._uploads_since(path, key):
+            with contextlib.suppress(UploadGoneError):
+                self.requests.send("abort_multipart_upload", bucket, Key=key, UploadId=upload)
         self.delete([path])
         return True
+
+    def _uploads_since(self, path: str, key: str) -> list[str]:
+        """Of uploads to `key`, those that were begun when the object at `path` was there, by the store's own clock."""
+        bucket, key_of_note = split(path)
+        written: datetime = self.requests.send("head_object", bucket, Key=key_of_note)["LastModified"]
+        pages = self.requests.pages("list_multipart_uploads", bucket, Prefix=key)
+        return [
+            upload["UploadId"]
+            for page in pages
+            for upload in page.get("Uploads", ())
+            if upload["Key"] == key and upload["Initiated"] >= written  # which is of a whole second
+        ]
 
 
 _MAX_NOTE_BYTES = 4096
@@ -399,9 +413,15 @@ class Note:
         """One for an upload that begins."""
         return cls(requests, path, new_temporary_name(path, token))
 
-    def leave(self) -> None:
-        """Make it."""
-        contents = memoryview(self._path.encode())
+    @staticmethod
+    def parse(contents: bytes) -> tuple[str, str]:
+        """Where the upload goes, and what the store calls it; "" where that is not known."""
+        path, _, upload_id = contents.decode("utf-8", "replace").rpartition("\n")
+        return path, upload_id
+
+    def leave(self, upload_id: str = "") -> None:
+        """Make it, or say in it which upload it is."""
+        contents = memoryview(f"{self._path}\n{upload_id}".encode())
         self._requests.send("put_object", self._bucket, Key=self._key, Body=contents)
 
     def remove(self) -> None:
@@ -439,6 +459,8 @@ class _Multipart:
                 "create_multipart_upload", upload._bucket, Key=upload._key, note_failure=upload._leave, **arguments
             )
             upload.id = answer["UploadId"]
+            if upload._leaves_nothing:  # else there may be another one, begun by a request whose answer was lost
+                upload.note.leave(upload.id)
         except BaseException:
             upload.abort()
             raise

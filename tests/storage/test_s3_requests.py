@@ -70,6 +70,17 @@ def write_note(server: S3Server, directory: str, contents: str) -> str:
     return note
 
 
+def write_note_in_a_later_second(server: S3Server, path: str, contents: str) -> str:
+    """Later, by the server's clock, than all uploads to `path` were begun."""
+    bucket, key = s3.split(path)
+    client = server.client()
+    begun = client.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key)["Uploads"][0]["Initiated"]
+    note = write_note(server, path.rsplit("/", 1)[0], contents)
+    while client.info(note, refresh=True)["LastModified"].replace(microsecond=0) <= begun:
+        client.pipe_file(note, contents.encode())
+    return note
+
+
 def test_all_pages_of_names_are_read(
     storage: S3Storage, proxy: S3Proxy, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,15 +98,41 @@ def test_all_pages_of_names_are_read(
 def test_all_pages_of_uploads_are_swept(
     storage: S3Storage, server: S3Server, proxy: S3Proxy, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of the note's key, and no others, though their keys begin the same way."""
+    """Those of the note's key that were begun after it, and none whose keys only begin the same way."""
     monkeypatch.setattr(s3_requests, "_PAGE_KEYS", 2)
+    write_note(server, place, f"{place}/file\n")
     begin_uploads(server, f"{place}/file", 5)
     others = begin_uploads(server, f"{place}/file2", 3)
-    write_note(server, place, f"{place}/file")
     proxy.arm(None)
     assert len(storage.sweep(place, has_lock=True)) == 1
     assert uploads(server, f"{place}/file") == others
     assert proxy.seen.count("list_multipart_uploads") >= 4
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_somebody_elses_upload_to_the_same_key_is_not_swept(
+    storage: S3Storage, server: S3Server, place: str, is_known: bool
+) -> None:
+    """The note says which one is ours; where nobody had the time to note that, what was begun before is not."""
+    path = f"{place}/file"
+    theirs = begin_uploads(server, path, 1)
+    if is_known:
+        ours = begin_uploads(server, path, 1)
+        note = write_note(server, place, f"{path}\n{ours.pop()}")
+        theirs |= begin_uploads(server, path, 1)
+    else:
+        note = write_note_in_a_later_second(server, path, f"{path}\n")
+        begin_uploads(server, path, 1)
+    assert storage.sweep(place, has_lock=True) == [note]
+    assert uploads(server, path) == theirs
+
+
+def test_a_killed_writers_note_says_which_upload_it_is(storage: S3Storage, server: S3Server, place: str) -> None:
+    """So that nobody has to guess."""
+    path = f"{place}/file"
+    storage.begin(path, PART_BYTES + 1)
+    (note,) = storage.list_names(place)
+    assert server.client().cat_file(f"{place}/{note}").decode() == f"{path}\n{uploads(server, path).pop()}"
 
 
 def test_a_listing_that_does_not_go_on_is_an_error(storage: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +142,7 @@ def test_a_listing_that_does_not_go_on_is_an_error(storage: S3Storage, monkeypat
         storage.list_names(f"s3://{BUCKET}/run")
 
 
-@pytest.mark.parametrize("contents", ["", "nothing of ours", "s3://{bucket}/elsewhere/file", "{place}/deeper/file"])
+@pytest.mark.parametrize("contents", ["", "nothing of ours", "s3://{bucket}/elsewhere/file\n", "{place}/deeper/file\n"])
 def test_what_is_no_note_of_this_place_is_left_alone(
     storage: S3Storage, server: S3Server, place: str, contents: str
 ) -> None:
