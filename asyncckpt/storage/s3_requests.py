@@ -14,6 +14,7 @@ import errno
 import io
 import os
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -33,12 +34,13 @@ T = TypeVar("T")
 
 _MAX_TRIES = 6
 _MAX_TRIES_TO_CONNECT = 3
-_MAX_TRYING_SECS = 45.0  # no further try begins after that
+_MAX_TRYING_SECS = 45.0  # no further try than the second begins after that
 _FIRST_PAUSE_SECS = 0.2
 _MAX_PAUSE_SECS = 5.0
 _CONNECT_SECS = 3.0
 _LEAST_SECS = 15.0
-_LEAST_BYTES_PER_SEC = 1 << 20  # slower than this counts as a stall
+_LEAST_BYTES_PER_SEC = 1 << 20  # of all that is on its way; slower than this counts as a stall
+_LOOK_SECS = 1.0  # how long a request may go on without a look at how many share the line
 _PAGE_KEYS = 1000
 
 _ABSENT = frozenset({"404", "NoSuchKey", "NotFound"})
@@ -113,6 +115,7 @@ class S3Requests:
         self._lock = threading.Lock()
         self._file_system: Any = None
         self._pid = 0
+        self._num_sharing = 0  # requests that carry bytes, at present; of the loop's thread
         self._known_buckets: set[str] = set()
         self.unsupported: set[str] = set()  # what the store was found not to have, in its users' words
 
@@ -126,7 +129,8 @@ class S3Requests:
         **arguments: Any,
     ) -> Answer:
         """The answer to one operation of boto3's client, by its name. Blocks until the deadline, `num_bytes` being what
-        goes over the wire; a failure that may pass is tried again, and noted, since the store may have done it.
+        goes over the wire, which requests beside it share; a failure that may pass is tried again, and noted, since the
+        store may have done it.
 
         Raises FileNotFoundError, PermissionError, `ConflictError`, `UploadGoneError`, `UnsupportedError`, or OSError,
         naming the URL.
@@ -191,7 +195,7 @@ class S3Requests:
             frozen = await credentials.get_frozen_credentials()
             return Connection(*where, frozen.access_key, frozen.secret_key, frozen.token)
 
-        return self._run(file_system.loop, ask(), _LEAST_SECS, "connecting", "")
+        return self._run(file_system.loop, asyncio.wait_for(ask(), _LEAST_SECS), "connecting", "")
 
     def describe(self) -> str:
         """The client, and where it goes to, for people; nothing secret. Asks the store nothing."""
@@ -200,7 +204,6 @@ class S3Requests:
 
     def _send_once(self, operation: str, bucket: str, num_bytes: int, arguments: Mapping[str, Any]) -> Answer:
         file_system = self._connected()
-        secs = _LEAST_SECS + num_bytes / _LEAST_BYTES_PER_SEC
         body = arguments.get("Body")
         if isinstance(body, memoryview):
             arguments = {**arguments, "Body": _Body(body), "ContentLength": len(body)}
@@ -212,17 +215,37 @@ class S3Requests:
                     answer["Body"] = await stream.read()
             return answer
 
-        return self._run(file_system.loop, send(), secs, operation, bucket)
+        return self._run(file_system.loop, self._in_its_share(send(), num_bytes), operation, bucket)
 
-    def _run(
-        self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], secs: float, operation: str, bucket: str
-    ) -> T:
-        """Run `work` on s3fs's loop, with a deadline and in terms of OSError."""
-        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, secs), loop)
+    async def _in_its_share(self, work: Coroutine[Any, Any, T], num_bytes: int) -> T:
+        """What `work` returns, or TimeoutError, when a line of `_LEAST_BYTES_PER_SEC`, which all requests that carry
+        bytes have in equal shares, would have carried `num_bytes`, and `_LEAST_SECS` are over besides.
+        """
+        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+        secs_left = num_bytes / _LEAST_BYTES_PER_SEC  # of the whole line
+        self._num_sharing += num_bytes > 0
+        try:
+            await asyncio.wait({task}, timeout=_LEAST_SECS)
+            while not task.done() and secs_left > 0:
+                started = loop.time()
+                await asyncio.wait({task}, timeout=min(secs_left * self._num_sharing, _LOOK_SECS))
+                secs_left -= (loop.time() - started) / self._num_sharing
+            if not task.done():
+                raise TimeoutError
+            return task.result()
+        finally:
+            self._num_sharing -= num_bytes > 0
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def _run(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], operation: str, bucket: str) -> T:
+        """Run `work`, which has a deadline, on s3fs's loop, in terms of OSError."""
+        started = time.monotonic()
+        future = asyncio.run_coroutine_threadsafe(work, loop)
         try:
             return future.result()
         except (TimeoutError, asyncio.TimeoutError) as error:
-            message = f"{operation}: no answer within {secs:.0f} s"
+            message = f"{operation}: no answer within {time.monotonic() - started:.0f} s"
             raise OSError(errno.ETIMEDOUT, message) from error
         except BaseException as error:
             future.cancel()
@@ -234,7 +257,7 @@ class S3Requests:
         with self._lock:
             if self._file_system is None or self._pid != os.getpid():
                 _of_parents.append(self._file_system)  # None in a process that has not connected before
-                self._file_system, self._pid = self._connect(), os.getpid()
+                self._file_system, self._pid, self._num_sharing = self._connect(), os.getpid(), 0
             return self._file_system
 
     def _connect(self) -> Any:
@@ -244,7 +267,7 @@ class S3Requests:
         """
         try:
             file_system = _make_file_system(self._options)
-            self._run(file_system.loop, file_system.set_session(), _LEAST_SECS, "connecting", "")
+            self._run(file_system.loop, asyncio.wait_for(file_system.set_session(), _LEAST_SECS), "connecting", "")
         except Exception as error:
             cause = error.__cause__ or error
             if isinstance(cause, OSError) or not _is_of_options(cause):
@@ -381,7 +404,8 @@ def _is_enough(state: RetryCallState) -> bool:
     error = state.outcome.exception() if state.outcome is not None else None
     is_refused = isinstance(error, OSError) and error.errno == errno.ECONNREFUSED
     max_tries = _MAX_TRIES_TO_CONNECT if is_refused else _MAX_TRIES
-    return state.attempt_number >= max_tries or (state.seconds_since_start or 0.0) >= _MAX_TRYING_SECS
+    is_late = state.attempt_number > 1 and (state.seconds_since_start or 0.0) >= _MAX_TRYING_SECS
+    return state.attempt_number >= max_tries or is_late
 
 
 def _check_packages() -> None:

@@ -7,13 +7,15 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from asyncckpt.naming import temporary_name
 from asyncckpt.storage import s3, s3_requests
-from asyncckpt.storage.base import ConflictError
+from asyncckpt.storage.base import ConflictError, committing
 from asyncckpt.storage.s3 import S3Storage
+from storage import s3_proxy as s3_proxy_module
 from storage.claimed import claimed
 from storage.conformance import make_content, put_by_upload
 from storage.s3_proxy import ANY, Fault, S3Proxy, s3_proxy
@@ -21,6 +23,7 @@ from storage.s3_server import S3Server
 
 BUCKET = "requests"
 PART_BYTES = 5 << 20
+OFFSETS = range(0, 4 * PART_BYTES, PART_BYTES)
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +178,25 @@ def test_a_stall_is_a_failure(storage: S3Storage, proxy: S3Proxy, place: str, fa
     assert caught.value.filename == f"{place}/file"
     proxy.arm(None)
     put_by_upload(storage, f"{place}/file", contents)
+
+
+@pytest.mark.parametrize("kind", ["upload_part checkpoint", "get_object checkpoint"])
+def test_requests_side_by_side_on_a_slow_line_are_no_stall(
+    storage: S3Storage, proxy: S3Proxy, place: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a share of the line, so it may take as many times as long as it would alone, and is sent once."""
+    contents = memoryview(make_content(4 * PART_BYTES))
+    with committing(storage.begin(f"{place}/file", len(contents))) as upload, ThreadPoolExecutor(4) as threads:
+        monkeypatch.setattr(s3_proxy_module, "_DELAY_SECS", 2.5)  # alone, it would be given up after one and a half
+        proxy.arm(Fault("delay", kind, times=4))
+        for _ in threads.map(lambda at: upload.write(at, contents[at : at + PART_BYTES]), OFFSETS):
+            pass
+    with storage.open(f"{place}/file") as reader, ThreadPoolExecutor(4) as threads:
+        found = memoryview(bytearray(len(contents)))
+        for _ in threads.map(lambda at: reader.read_into(at, found[at : at + PART_BYTES]), OFFSETS):
+            pass
+    assert found == contents
+    assert proxy.num_hits == proxy.seen.count(kind) == 4
 
 
 def test_a_conditional_write_in_doubt_is_known_when_it_has_arrived(
