@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from asyncckpt.errors import CheckpointError, MissingExtraError
+from asyncckpt.naming import printable
 from asyncckpt.storage.base import ConflictError
 from asyncckpt.storage.options import s3_options, unusable
 
@@ -73,6 +74,8 @@ _REFUSALS = {
     "InvalidToken": f"the session token is not valid; {_CREDENTIALS}",
     "RequestTimeTooSkewed": "this machine's clock is wrong; set it right",
 }
+_WITHOUT_LISTING = "without the right to s3:ListBucket this is also said of what is not there: give it; else "
+_MAX_SAID_CHARS = 300
 _WRONG_REGION = frozenset({"301", "PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"})
 
 
@@ -344,7 +347,7 @@ def explained(error: Exception, operation: str, bucket: str) -> OSError:
 def _explained_answer(response: Answer, operation: str, bucket: str) -> OSError:
     """The store has answered, and refuses."""
     code = str(response.get("Error", {}).get("Code", ""))
-    message = response.get("Error", {}).get("Message") or code
+    said = _said(response)
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     if code == "NoSuchBucket":
         return _no_bucket(bucket)
@@ -355,16 +358,27 @@ def _explained_answer(response: Answer, operation: str, bucket: str) -> OSError:
     if code in _CONFLICT or status == 412:
         return ConflictError(errno.EEXIST, "somebody else has written it meanwhile")
     if code in _REFUSALS:
-        return PermissionError(errno.EACCES, _REFUSALS[code].format(operation=operation))
+        return PermissionError(errno.EACCES, f"{_REFUSALS[code].format(operation=operation)} ({said})")
     if code in _WRONG_REGION:
-        return OSError(errno.EINVAL, f"the bucket is in another region ({message}); set region_name in client_kwargs")
+        return OSError(errno.EINVAL, f"the bucket is in another region ({said}); set region_name in client_kwargs")
     if status == 501 or code == "NotImplemented":
-        return UnsupportedError(errno.EOPNOTSUPP, f"{operation}: {message}")
+        return UnsupportedError(errno.EOPNOTSUPP, f"{operation}: {said}")
     if status >= 500 or status in _PASSING_STATUSES or code in _PASSING | _THROTTLING:
-        return OSError(errno.ETIMEDOUT, f"{operation}: {message}")
+        return OSError(errno.ETIMEDOUT, f"{operation}: {said}")
     if status in (401, 403):
-        return PermissionError(errno.EACCES, f"the store refuses {operation}; {_CREDENTIALS}")
-    return OSError(errno.EINVAL, f"{operation}: {message}")
+        if code != str(status):
+            return PermissionError(errno.EACCES, f"the store refuses {operation} ({said})")
+        advice = _CREDENTIALS  # to a HEAD no reasons are given
+        if operation == "head_object":
+            advice = _WITHOUT_LISTING + advice
+        return PermissionError(errno.EACCES, f"the store refuses {operation} ({said}); {advice}")
+    return OSError(errno.EINVAL, f"{operation}: {said}")
+
+
+def _said(response: Answer) -> str:
+    """In the store's own words, as far as they fit on a line. No store repeats a token, and a secret it never gets."""
+    code, message = (str(response.get("Error", {}).get(name) or "") for name in ("Code", "Message"))
+    return printable(": ".join(dict.fromkeys(filter(None, (code, message)))))[:_MAX_SAID_CHARS]
 
 
 def _explained_failure(error: Exception, operation: str) -> OSError:
