@@ -238,6 +238,13 @@ def has_conditions(storage: ClaimedStorage, path: str) -> bool:
 _told: set[str] = set()
 
 
+def _say_that_they_stay(directory: str, error: PermissionError) -> None:
+    what = f"{directory}: what dead writers have left (.asyncckpt-claimed-….tmp) stays"
+    if what not in _told:
+        _told.add(what)
+        log_quietly(logging.WARNING, f"{what}: {error.strerror}")
+
+
 def _say_that_it_is_advisory(storage: Storage, directory: str) -> None:
     place = "/".join(directory.split("/")[:3])
     if place not in _told:
@@ -330,8 +337,13 @@ class ClaimedStorage(Storage):
             for name in self.list_names(directory):
                 if is_claimed_name(name) and name not in alive:
                     path = f"{directory}/{name}"
-                    with contextlib.suppress(OSError):
+                    try:
                         swept += [path] * self.sweep_file(path)
+                    except PermissionError as error:  # the same is to be expected of all others, however many
+                        _say_that_they_stay(directory, error)
+                        break
+                    except OSError:
+                        continue
         return swept
 
     @abstractmethod

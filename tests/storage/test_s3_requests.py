@@ -130,6 +130,22 @@ def test_somebody_elses_upload_to_the_same_key_is_not_swept(
     assert uploads(server, path) == theirs
 
 
+def test_a_sweep_that_is_refused_ends_and_says_so_once(
+    storage: S3Storage, server: S3Server, proxy: S3Proxy, place: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where nothing can be deleted notes add up: each opening is not to walk through all of them in vain."""
+    for _ in range(3):
+        write_note(server, place, f"{place}/file\nno-such-upload")
+    proxy.arm(None)
+    proxy.denied = {"delete_object"}
+    for _ in range(2):
+        assert storage.sweep(place, has_lock=True) == []
+    assert proxy.seen.count("delete_object note") == 2
+    assert caplog.text.count("what dead writers have left (.asyncckpt-claimed-….tmp) stays: these credentials") == 1
+    proxy.denied = set()
+    assert len(storage.sweep(place, has_lock=True)) == 3
+
+
 def test_a_killed_writers_note_says_which_upload_it_is(storage: S3Storage, server: S3Server, place: str) -> None:
     """So that nobody has to guess."""
     path = f"{place}/file"
