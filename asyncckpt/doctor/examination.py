@@ -56,8 +56,10 @@ STORE_CHECKS = (
     Check("client", store.check_client),
     Check("writing", store.check_writing, writes=True),
     Check("conditions", store.check_conditions, writes=True),
+    Check("copying", store.check_copying, writes=True),
     Check("parts", store.check_parts, writes=True),
     Check("speed", store.check_speed, writes=True),
+    Check("left", store.check_left, writes=True),
     Check("versions", store.check_versions, writes=True),
     *_MACHINE,
 )

@@ -18,6 +18,7 @@ import errno
 import functools
 import logging
 import os
+import re
 import secrets
 import threading
 import time
@@ -27,6 +28,7 @@ from collections.abc import Collection
 
 import msgspec
 
+from asyncckpt.errors import RegistryError
 from asyncckpt.naming import ALIVE_NAME, CLAIM_NAME, is_claimed_name, temporary_name
 from asyncckpt.storage.base import ConflictError, Lock, Storage
 from asyncckpt.threads import log_quietly
@@ -46,6 +48,10 @@ class _Record(msgspec.Struct, frozen=True):
     token: str
     holder: str
     released: bool = False
+
+
+_FOREIGN = _Record(0, "", "somebody whose claim makes no sense")
+_BEAT = re.compile(rb"(?:[0-9a-f]{16} [0-9]+)?")  # as `_Beats` writes it, and `has_conditions`
 
 
 class Claim(Lock):
@@ -182,14 +188,23 @@ def _end_beats_at_exit() -> None:
 
 
 def take_claim(
-    storage: Storage, directory: str, holder: str, *, beat_secs: float = BEAT_SECS, lease_secs: float = LEASE_SECS
+    storage: ClaimedStorage,
+    directory: str,
+    holder: str,
+    *,
+    beat_secs: float = BEAT_SECS,
+    lease_secs: float = LEASE_SECS,
 ) -> Claim:
     """Claim a directory. Blocks for a lease where there is a claim whose holder shows no life.
 
-    Raises BlockingIOError, with what its holder said of itself, when somebody has it.
+    Raises BlockingIOError, with what its holder said of itself, when somebody has it, and `RegistryError`, before
+    anything is written, where a file of others has the name of one of ours.
     """
     path = f"{directory}/{CLAIM_NAME}"
     version, found = _read(storage, path)
+    if found is _FOREIGN:
+        raise _not_ours(path)
+    _check_beat(storage, f"{directory}/{ALIVE_NAME}")
     if (
         found is not None
         and not found.released
@@ -217,7 +232,7 @@ def take_claim(
     return claim
 
 
-def has_conditions(storage: Storage, path: str) -> bool:
+def has_conditions(storage: ClaimedStorage, path: str) -> bool:
     """Whether the store binds a write to the version that it is to replace, as it finds when it writes at `path`.
 
     Blocks for some small writes. Raises OSError when those fail.
@@ -227,10 +242,17 @@ def has_conditions(storage: Storage, path: str) -> bool:
         with contextlib.suppress(ConflictError):
             storage.replace(path, b"", expected=expected)
             return False
-    return True
+    return storage.binds_writes
 
 
 _told: set[str] = set()
+
+
+def _say_that_they_stay(directory: str, error: PermissionError) -> None:
+    what = f"{directory}: what dead writers have left (.asyncckpt-claimed-….tmp) stays"
+    if what not in _told:
+        _told.add(what)
+        log_quietly(logging.WARNING, f"{what}: {error.strerror}")
 
 
 def _say_that_it_is_advisory(storage: Storage, directory: str) -> None:
@@ -276,15 +298,39 @@ def _sign_of_life(storage: Storage, directory: str) -> str:
 
 
 def _read(storage: Storage, path: str) -> tuple[str, _Record | None]:
-    """The claim there is, with its version. One that makes no sense is somebody's all the same."""
+    """The claim there is, with its version; `_FOREIGN` for a file that is none."""
     try:
         contents, version = storage.read_version(path, _MAX_CLAIM_BYTES)
     except FileNotFoundError:
         return "", None
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        return "", _FOREIGN
     try:
         return version, msgspec.json.decode(contents, type=_Record)
     except msgspec.MsgspecError:
-        return version, _Record(0, "", "somebody whose claim makes no sense")
+        return version, _FOREIGN
+
+
+def _check_beat(storage: Storage, path: str) -> None:
+    """Raise `RegistryError` for a sign of life that nobody of ours has given."""
+    try:
+        contents = storage.read(path, _MAX_CLAIM_BYTES)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        raise _not_ours(path) from error
+    if not _BEAT.fullmatch(contents):
+        raise _not_ours(path)
+
+
+def _not_ours(path: str) -> RegistryError:
+    return RegistryError(
+        f"{path} can't be used: it was not written by asyncckpt; use another directory, or move it away"
+    )
 
 
 class ClaimedStorage(Storage):
@@ -295,6 +341,11 @@ class ClaimedStorage(Storage):
 
     def __init__(self, **claim_secs: float) -> None:
         self._claim_secs = claim_secs
+
+    @property
+    def binds_writes(self) -> bool:
+        """False once the store has refused to bind a write to the version that it replaces: that is only looked at."""
+        return True
 
     def lock(self, directory: str, holder: str) -> Lock:
         return take_claim(self, directory, holder, **self._claim_secs)
@@ -320,8 +371,13 @@ class ClaimedStorage(Storage):
             for name in self.list_names(directory):
                 if is_claimed_name(name) and name not in alive:
                     path = f"{directory}/{name}"
-                    with contextlib.suppress(OSError):
+                    try:
                         swept += [path] * self.sweep_file(path)
+                    except PermissionError as error:  # the same is to be expected of all others, however many
+                        _say_that_they_stay(directory, error)
+                        break
+                    except OSError:
+                        continue
         return swept
 
     @abstractmethod

@@ -38,6 +38,7 @@ class UploadRecord(msgspec.Struct, frozen=True):
     note: str
     num_bytes: int
     part_bytes: int
+    has_whole_checksum: bool = True
 
 
 class Part(msgspec.Struct, frozen=True):

@@ -213,7 +213,7 @@ class _ObstoreUpload(S3Upload):
         view, self._view = self._view, None
         if view is None or len(view) != self._num_bytes:
             raise OSError(errno.EIO, "a part of the upload is missing")
-        self._check_version()
+        self._check_version(self._expected)
         self._has_failed = True
         self._make_visible(
             lambda **_: self._stores.put(self._bucket, self._key, view, self._metadata, self._chunk_bytes)
@@ -272,17 +272,18 @@ def _unheeded(options: Mapping[str, Any]) -> Iterator[str]:
 class _RefusalError(Exception):
     """What the store has answered, in the form of botocore's errors."""
 
-    def __init__(self, status: int, code: str) -> None:
+    def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(code)
-        self.response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+        self.response = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
 
 
 def _explained(error: Exception, operation: str, bucket: str) -> OSError:
     """What an error of obstore's means; it says so only in its text, which holds no secrets."""
     text = str(error)
     if (status := re.search(r"status code: (\d{3})", text)) is not None:
-        code = re.search(r"<Code>(\w+)</Code>", text)
-        return explained(_RefusalError(int(status[1]), code[1] if code else status[1]), operation, bucket)
+        code, message = re.search(r"<Code>(\w+)</Code>", text), re.search(r"<Message>([^<]*)</Message>", text)
+        refusal = _RefusalError(int(status[1]), code[1] if code else status[1], message[1] if message else "")
+        return explained(refusal, operation, bucket)
     if type(error).__name__ == "UnauthenticatedError":
         return PermissionError(errno.EACCES, "no credentials for the store were found")
     if "kind: Connect" in text:

@@ -13,10 +13,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -25,7 +27,15 @@ from isal.isal_zlib import crc32, crc32_combine
 from asyncckpt.storage.base import ConflictError, Reader, Upload
 from asyncckpt.storage.claim import ClaimedStorage, new_temporary_name
 from asyncckpt.storage.journal import Journal, Journals, Part, UploadRecord
-from asyncckpt.storage.s3_requests import Answer, S3Requests, UploadGoneError, checksum_of, checksum_text
+from asyncckpt.storage.s3_requests import (
+    Answer,
+    S3Requests,
+    UnsupportedError,
+    UploadGoneError,
+    checksum_of,
+    checksum_text,
+)
+from asyncckpt.threads import log_quietly
 
 _SCHEME = "s3://"
 _TOKEN = "asyncckpt-attempt"
@@ -37,6 +47,9 @@ _COPY_PART_BYTES = 1 << 30
 _READ_BYTES = 8 << 20
 _NUM_THREADS = 8
 _MD5 = re.compile("[0-9a-f]{32}")
+# What a store may turn out not to have (`S3Requests.unsupported`).
+_CONDITIONS = "conditions of writes"
+_WHOLE_CHECKSUMS = "checksums of whole objects"
 
 
 class S3Storage(ClaimedStorage):
@@ -57,6 +70,10 @@ class S3Storage(ClaimedStorage):
 
     def has_versions(self, directory: str) -> bool:
         return True
+
+    @property
+    def binds_writes(self) -> bool:
+        return _CONDITIONS not in self.requests.unsupported
 
     def begin(self, path: str, num_bytes: int, *, expected: str | None = None) -> Upload:
         piece_bytes = self.piece_bytes(path, num_bytes)
@@ -100,18 +117,31 @@ class S3Storage(ClaimedStorage):
         return _alive | self._journals.notes
 
     def sweep_file(self, path: str) -> bool:
-        """Abort what the note tells of, and delete it."""
-        destination = self.read(path, _MAX_NOTE_BYTES).decode("utf-8", "replace")
+        """Abort the upload that the note tells of, and delete it.
+
+        Where nobody has had the time to note which one that was, it is one of those that were begun after the note.
+        """
+        destination, upload_id = Note.parse(self.read(path, _MAX_NOTE_BYTES))
         if os.path.dirname(destination) != os.path.dirname(path):
             return False
         bucket, key = split(destination)
-        for page in self.requests.pages("list_multipart_uploads", bucket, Prefix=key):
-            for upload in page.get("Uploads", ()):
-                if upload["Key"] == key:
-                    with contextlib.suppress(UploadGoneError):
-                        self.requests.send("abort_multipart_upload", bucket, Key=key, UploadId=upload["UploadId"])
+        for upload in [upload_id] if upload_id else self._uploads_since(path, key):
+            with contextlib.suppress(UploadGoneError):
+                self.requests.send("abort_multipart_upload", bucket, Key=key, UploadId=upload)
         self.delete([path])
         return True
+
+    def _uploads_since(self, path: str, key: str) -> list[str]:
+        """Of uploads to `key`, those that were begun when the object at `path` was there, by the store's own clock."""
+        bucket, key_of_note = split(path)
+        written: datetime = self.requests.send("head_object", bucket, Key=key_of_note)["LastModified"]
+        pages = self.requests.pages("list_multipart_uploads", bucket, Prefix=key)
+        return [
+            upload["UploadId"]
+            for page in pages
+            for upload in page.get("Uploads", ())
+            if upload["Key"] == key and upload["Initiated"] >= written  # which is of a whole second
+        ]
 
 
 _MAX_NOTE_BYTES = 4096
@@ -155,10 +185,22 @@ class S3Upload(Upload):
     def _make_visible(self, send: Callable[..., Answer]) -> None:
         """By `send`, which takes the conditions of the request."""
         try:
-            self.version = send(**_conditions(self._expected))["ETag"]
+            self.version = self._send_bound(send, self._expected)["ETag"]
         except OSError as error:
             self.version = self._version_all_the_same(error, send)
         _in_doubt.pop(self._path, None)
+
+    def _send_bound(self, send: Callable[..., Answer], expected: str | None) -> Answer:
+        """Replacing nothing but `expected`; where the store takes no conditions, that is looked at before."""
+        if expected is None:
+            return send()
+        if _CONDITIONS not in self._requests.unsupported:
+            with contextlib.suppress(UnsupportedError):
+                return send(**_conditions(expected))
+        self._check_version(expected)
+        answer = send()
+        self._requests.unsupported.add(_CONDITIONS)
+        return answer
 
     def _version_all_the_same(self, error: OSError, send: Callable[..., Answer]) -> str:
         """The answer was lost, or says what an earlier try of ours has brought about: is it our object that is there?
@@ -176,19 +218,19 @@ class S3Upload(Upload):
             error = ConflictError(errno.EEXIST, "somebody has removed it meanwhile")  # so says AWS
         if isinstance(error, ConflictError):
             if token in _in_doubt.get(self._path, ()):  # given up, and it has arrived: so that is what we replace
-                return str(send(IfMatch=found["ETag"])["ETag"])
+                return str(self._send_bound(send, str(found["ETag"]))["ETag"])
         elif self._expected is not None:
             _in_doubt.setdefault(self._path, set()).add(self._token)
         raise error from None
 
-    def _check_version(self) -> None:
+    def _check_version(self, expected: str | None) -> None:
         """Raise `ConflictError` for what is not to be replaced, where the commit itself can't be bound to that."""
-        if self._expected is not None:
+        if expected is not None:
             try:
                 version = str(self._send("head_object")["ETag"])
             except FileNotFoundError:
                 version = ""
-            if version != self._expected:
+            if version != expected:
                 raise ConflictError(errno.EEXIST, "somebody else has written it meanwhile")
 
     def reader(self) -> None:
@@ -240,26 +282,50 @@ class _PartsUpload(S3Upload):
         super().__init__(requests, path, num_bytes, piece_bytes, expected)
         self._parts: dict[int, Part] = {}
         self._sent_before: dict[int, Part] = {}
+        self._has_whole_checksum = True
         self._journal = journals.take(path, num_bytes, piece_bytes)
         left = self._go_on(self._journal) if self._journal is not None else None
         self._multipart = left or self._begin(journals)
 
     def _begin(self, journals: Journals) -> _Multipart:
-        multipart = _Multipart.begun(
+        multipart = self._begun()
+        self._journal = journals.begin(
+            UploadRecord(
+                self._path,
+                multipart.id,
+                self._token,
+                multipart.note.name,
+                self._num_bytes,
+                self.piece_bytes,
+                self._has_whole_checksum,
+            )
+        )
+        return multipart
+
+    def _begun(self) -> _Multipart:
+        """A new one, with a checksum of the whole object, where the store has such."""
+        begin = partial(
+            _Multipart.begun,
             self._requests,
             self._path,
             self._token,
             Metadata=self._metadata,
             ChecksumAlgorithm="CRC32",
-            ChecksumType="FULL_OBJECT",
         )
-        self._journal = journals.begin(
-            UploadRecord(self._path, multipart.id, self._token, multipart.note.name, self._num_bytes, self.piece_bytes)
-        )
+        unsupported = self._requests.unsupported
+        if _WHOLE_CHECKSUMS not in unsupported:
+            with contextlib.suppress(UnsupportedError):
+                return begin(ChecksumType="FULL_OBJECT")
+        multipart = begin()
+        self._has_whole_checksum = False
+        if _WHOLE_CHECKSUMS not in unsupported:
+            unsupported.add(_WHOLE_CHECKSUMS)
+            what = "the store keeps no checksums of whole objects: its parts are checked, one by one"
+            log_quietly(logging.WARNING, f"{_SCHEME}{self._bucket}: {what}")
         return multipart
 
     def _go_on(self, journal: Journal) -> _Multipart | None:
-        """With an upload that a process of ours has left; None when the store knows it no more."""
+        """With an upload that a process of ours has left; None when the store does not say what it has of it."""
         left = journal.upload
         note = Note(self._requests, self._path, left.note)
         multipart = _Multipart(self._requests, self._path, note, left.upload_id)
@@ -267,11 +333,11 @@ class _PartsUpload(S3Upload):
         try:
             for page in multipart.pages("list_parts"):
                 there |= {part["PartNumber"] - 1: (part["ETag"], part["Size"]) for part in page.get("Parts", ())}
-        except UploadGoneError:  # it may even have been completed
-            multipart.forget()
+        except OSError:  # gone (it may even have been completed), or nobody may ask: sending all of it costs less
+            multipart.abort()
             journal.remove()
             return None
-        self._token = left.token
+        self._token, self._has_whole_checksum = left.token, left.has_whole_checksum
         self._sent_before = {
             number: part for number, part in journal.parts.items() if there.get(number) == (part.etag, part.num_bytes)
         }
@@ -309,9 +375,8 @@ class _PartsUpload(S3Upload):
             {"PartNumber": part.number + 1, "ETag": part.etag, "ChecksumCRC32": checksum_text(part.crc)}
             for part in parts
         ]
-        self._make_visible(
-            partial(self._multipart.complete, listed, ChecksumCRC32=checksum_text(whole), ChecksumType="FULL_OBJECT")
-        )
+        checksum = {"ChecksumCRC32": checksum_text(whole), "ChecksumType": "FULL_OBJECT"}
+        self._make_visible(partial(self._multipart.complete, listed, **(checksum if self._has_whole_checksum else {})))
         self._multipart.is_over = True
 
     def close(self) -> None:
@@ -348,9 +413,15 @@ class Note:
         """One for an upload that begins."""
         return cls(requests, path, new_temporary_name(path, token))
 
-    def leave(self) -> None:
-        """Make it."""
-        contents = memoryview(self._path.encode())
+    @staticmethod
+    def parse(contents: bytes) -> tuple[str, str]:
+        """Where the upload goes, and what the store calls it; "" where that is not known."""
+        path, _, upload_id = contents.decode("utf-8", "replace").rpartition("\n")
+        return path, upload_id
+
+    def leave(self, upload_id: str = "") -> None:
+        """Make it, or say in it which upload it is."""
+        contents = memoryview(f"{self._path}\n{upload_id}".encode())
         self._requests.send("put_object", self._bucket, Key=self._key, Body=contents)
 
     def remove(self) -> None:
@@ -388,6 +459,8 @@ class _Multipart:
                 "create_multipart_upload", upload._bucket, Key=upload._key, note_failure=upload._leave, **arguments
             )
             upload.id = answer["UploadId"]
+            if upload._leaves_nothing:  # else there may be another one, begun by a request whose answer was lost
+                upload.note.leave(upload.id)
         except BaseException:
             upload.abort()
             raise

@@ -14,6 +14,7 @@ import errno
 import io
 import os
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from asyncckpt.errors import CheckpointError, MissingExtraError
+from asyncckpt.naming import printable
 from asyncckpt.storage.base import ConflictError
 from asyncckpt.storage.options import s3_options, unusable
 
@@ -33,12 +35,13 @@ T = TypeVar("T")
 
 _MAX_TRIES = 6
 _MAX_TRIES_TO_CONNECT = 3
-_MAX_TRYING_SECS = 45.0  # no further try begins after that
+_MAX_TRYING_SECS = 45.0  # no further try than the second begins after that
 _FIRST_PAUSE_SECS = 0.2
 _MAX_PAUSE_SECS = 5.0
 _CONNECT_SECS = 3.0
 _LEAST_SECS = 15.0
-_LEAST_BYTES_PER_SEC = 1 << 20  # slower than this counts as a stall
+_LEAST_BYTES_PER_SEC = 1 << 20  # of all that is on its way; slower than this counts as a stall
+_LOOK_SECS = 1.0  # how long a request may go on without a look at how many share the line
 _PAGE_KEYS = 1000
 
 _ABSENT = frozenset({"404", "NoSuchKey", "NotFound"})
@@ -71,6 +74,8 @@ _REFUSALS = {
     "InvalidToken": f"the session token is not valid; {_CREDENTIALS}",
     "RequestTimeTooSkewed": "this machine's clock is wrong; set it right",
 }
+_WITHOUT_LISTING = "without the right to s3:ListBucket this is also said of what is not there: give it; else "
+_MAX_SAID_CHARS = 300
 _WRONG_REGION = frozenset({"301", "PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"})
 
 
@@ -80,6 +85,10 @@ _MISTAKES = (AttributeError, NameError, AssertionError, ImportError, LookupError
 
 class UploadGoneError(OSError):
     """The store knows no such multipart upload (any more)."""
+
+
+class UnsupportedError(OSError):
+    """The store does not have what the request asks for, and will not have it either when it is asked again."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -109,7 +118,9 @@ class S3Requests:
         self._lock = threading.Lock()
         self._file_system: Any = None
         self._pid = 0
+        self._num_sharing = 0  # requests that carry bytes, at present; of the loop's thread
         self._known_buckets: set[str] = set()
+        self.unsupported: set[str] = set()  # what the store was found not to have, in its users' words
 
     def send(
         self,
@@ -121,9 +132,11 @@ class S3Requests:
         **arguments: Any,
     ) -> Answer:
         """The answer to one operation of boto3's client, by its name. Blocks until the deadline, `num_bytes` being what
-        goes over the wire; a failure that may pass is tried again, and noted, since the store may have done it.
+        goes over the wire, which requests beside it share; a failure that may pass is tried again, and noted, since the
+        store may have done it.
 
-        Raises FileNotFoundError, PermissionError, `ConflictError`, `UploadGoneError`, or OSError, naming the URL.
+        Raises FileNotFoundError, PermissionError, `ConflictError`, `UploadGoneError`, `UnsupportedError`, or OSError,
+        naming the URL.
         """
         from tenacity import Retrying, retry_if_exception, wait_random_exponential
 
@@ -185,7 +198,7 @@ class S3Requests:
             frozen = await credentials.get_frozen_credentials()
             return Connection(*where, frozen.access_key, frozen.secret_key, frozen.token)
 
-        return self._run(file_system.loop, ask(), _LEAST_SECS, "connecting", "")
+        return self._run(file_system.loop, asyncio.wait_for(ask(), _LEAST_SECS), "connecting", "")
 
     def describe(self) -> str:
         """The client, and where it goes to, for people; nothing secret. Asks the store nothing."""
@@ -194,7 +207,6 @@ class S3Requests:
 
     def _send_once(self, operation: str, bucket: str, num_bytes: int, arguments: Mapping[str, Any]) -> Answer:
         file_system = self._connected()
-        secs = _LEAST_SECS + num_bytes / _LEAST_BYTES_PER_SEC
         body = arguments.get("Body")
         if isinstance(body, memoryview):
             arguments = {**arguments, "Body": _Body(body), "ContentLength": len(body)}
@@ -206,17 +218,37 @@ class S3Requests:
                     answer["Body"] = await stream.read()
             return answer
 
-        return self._run(file_system.loop, send(), secs, operation, bucket)
+        return self._run(file_system.loop, self._in_its_share(send(), num_bytes), operation, bucket)
 
-    def _run(
-        self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], secs: float, operation: str, bucket: str
-    ) -> T:
-        """Run `work` on s3fs's loop, with a deadline and in terms of OSError."""
-        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, secs), loop)
+    async def _in_its_share(self, work: Coroutine[Any, Any, T], num_bytes: int) -> T:
+        """What `work` returns, or TimeoutError, when a line of `_LEAST_BYTES_PER_SEC`, which all requests that carry
+        bytes have in equal shares, would have carried `num_bytes`, and `_LEAST_SECS` are over besides.
+        """
+        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+        secs_left = num_bytes / _LEAST_BYTES_PER_SEC  # of the whole line
+        self._num_sharing += num_bytes > 0
+        try:
+            await asyncio.wait({task}, timeout=_LEAST_SECS)
+            while not task.done() and secs_left > 0:
+                started = loop.time()
+                await asyncio.wait({task}, timeout=min(secs_left * self._num_sharing, _LOOK_SECS))
+                secs_left -= (loop.time() - started) / self._num_sharing
+            if not task.done():
+                raise TimeoutError
+            return task.result()
+        finally:
+            self._num_sharing -= num_bytes > 0
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def _run(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], operation: str, bucket: str) -> T:
+        """Run `work`, which has a deadline, on s3fs's loop, in terms of OSError."""
+        started = time.monotonic()
+        future = asyncio.run_coroutine_threadsafe(work, loop)
         try:
             return future.result()
         except (TimeoutError, asyncio.TimeoutError) as error:
-            message = f"{operation}: no answer within {secs:.0f} s"
+            message = f"{operation}: no answer within {time.monotonic() - started:.0f} s"
             raise OSError(errno.ETIMEDOUT, message) from error
         except BaseException as error:
             future.cancel()
@@ -228,7 +260,7 @@ class S3Requests:
         with self._lock:
             if self._file_system is None or self._pid != os.getpid():
                 _of_parents.append(self._file_system)  # None in a process that has not connected before
-                self._file_system, self._pid = self._connect(), os.getpid()
+                self._file_system, self._pid, self._num_sharing = self._connect(), os.getpid(), 0
             return self._file_system
 
     def _connect(self) -> Any:
@@ -238,7 +270,7 @@ class S3Requests:
         """
         try:
             file_system = _make_file_system(self._options)
-            self._run(file_system.loop, file_system.set_session(), _LEAST_SECS, "connecting", "")
+            self._run(file_system.loop, asyncio.wait_for(file_system.set_session(), _LEAST_SECS), "connecting", "")
         except Exception as error:
             cause = error.__cause__ or error
             if isinstance(cause, OSError) or not _is_of_options(cause):
@@ -315,7 +347,7 @@ def explained(error: Exception, operation: str, bucket: str) -> OSError:
 def _explained_answer(response: Answer, operation: str, bucket: str) -> OSError:
     """The store has answered, and refuses."""
     code = str(response.get("Error", {}).get("Code", ""))
-    message = response.get("Error", {}).get("Message") or code
+    said = _said(response)
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     if code == "NoSuchBucket":
         return _no_bucket(bucket)
@@ -326,14 +358,27 @@ def _explained_answer(response: Answer, operation: str, bucket: str) -> OSError:
     if code in _CONFLICT or status == 412:
         return ConflictError(errno.EEXIST, "somebody else has written it meanwhile")
     if code in _REFUSALS:
-        return PermissionError(errno.EACCES, _REFUSALS[code].format(operation=operation))
+        return PermissionError(errno.EACCES, f"{_REFUSALS[code].format(operation=operation)} ({said})")
     if code in _WRONG_REGION:
-        return OSError(errno.EINVAL, f"the bucket is in another region ({message}); set region_name in client_kwargs")
+        return OSError(errno.EINVAL, f"the bucket is in another region ({said}); set region_name in client_kwargs")
+    if status == 501 or code == "NotImplemented":
+        return UnsupportedError(errno.EOPNOTSUPP, f"{operation}: {said}")
     if status >= 500 or status in _PASSING_STATUSES or code in _PASSING | _THROTTLING:
-        return OSError(errno.ETIMEDOUT, f"{operation}: {message}")
+        return OSError(errno.ETIMEDOUT, f"{operation}: {said}")
     if status in (401, 403):
-        return PermissionError(errno.EACCES, f"the store refuses {operation}; {_CREDENTIALS}")
-    return OSError(errno.EINVAL, f"{operation}: {message}")
+        if code != str(status):
+            return PermissionError(errno.EACCES, f"the store refuses {operation} ({said})")
+        advice = _CREDENTIALS  # to a HEAD no reasons are given
+        if operation == "head_object":
+            advice = _WITHOUT_LISTING + advice
+        return PermissionError(errno.EACCES, f"the store refuses {operation} ({said}); {advice}")
+    return OSError(errno.EINVAL, f"{operation}: {said}")
+
+
+def _said(response: Answer) -> str:
+    """In the store's own words, as far as they fit on a line. No store repeats a token, and a secret it never gets."""
+    code, message = (str(response.get("Error", {}).get(name) or "") for name in ("Code", "Message"))
+    return printable(": ".join(dict.fromkeys(filter(None, (code, message)))))[:_MAX_SAID_CHARS]
 
 
 def _explained_failure(error: Exception, operation: str) -> OSError:
@@ -373,7 +418,8 @@ def _is_enough(state: RetryCallState) -> bool:
     error = state.outcome.exception() if state.outcome is not None else None
     is_refused = isinstance(error, OSError) and error.errno == errno.ECONNREFUSED
     max_tries = _MAX_TRIES_TO_CONNECT if is_refused else _MAX_TRIES
-    return state.attempt_number >= max_tries or (state.seconds_since_start or 0.0) >= _MAX_TRYING_SECS
+    is_late = state.attempt_number > 1 and (state.seconds_since_start or 0.0) >= _MAX_TRYING_SECS
+    return state.attempt_number >= max_tries or is_late
 
 
 def _check_packages() -> None:
@@ -398,6 +444,12 @@ def _is_of_options(error: BaseException) -> bool:
     return isinstance(error, (TypeError, ValueError, AttributeError, LookupError))
 
 
+def _with_key_of_source(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What is copied within the store is encrypted with the customer's key already: it is to be read with that."""
+    of_source = {f"CopySource{name}": value for name, value in arguments.items() if name.startswith("SSECustomer")}
+    return {**of_source, **arguments}
+
+
 def _make_file_system(options: Mapping[str, Any]) -> Any:
     import s3fs
 
@@ -408,6 +460,7 @@ def _make_file_system(options: Mapping[str, Any]) -> Any:
         "max_pool_connections": 32,
     }
     options = {**options, "config_kwargs": {**config, **options.get("config_kwargs", {})}}
+    options["s3_additional_kwargs"] = _with_key_of_source(options.get("s3_additional_kwargs", {}))
     file_system = s3fs.S3FileSystem(**options, skip_instance_cache=True, use_listings_cache=False)
     file_system.retries = 1  # ours know deadlines
     return file_system

@@ -60,7 +60,7 @@ def test_a_good_store(url: str, server: S3Server) -> None:
         assert words in done.stdout
     report = run_json("doctor", url)
     assert [finding["name"] for finding in report["findings"]] == [check.name for check in STORE_CHECKS]
-    assert {finding["status"] for finding in report["findings"][:7]} == {OK}
+    assert {finding["status"] for finding in report["findings"][:9]} == {OK}
 
 
 @pytest.mark.parametrize(
@@ -138,6 +138,7 @@ def lacking(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lacking]:
         ("put_object", "writing", PROBLEM, "no object can be written and read: not here"),
         ("get_object", "writing", PROBLEM, "no object can be written and read: not here"),
         ("put_object", "conditions", PROBLEM, "conditional writes fail: not here"),
+        ("copy_object", "copying", PROBLEM, "no object can be copied: not here"),
         ("create_multipart_upload", "parts", PROBLEM, "no upload in parts can be begun: not here"),
         ("upload_part", "speed", PROBLEM, "no file can be written in parts: not here"),
         ("get_bucket_versioning", "versions", NOTE, "unknown: not here"),
@@ -150,13 +151,45 @@ def test_what_is_refused(refused: str, check: str, status: str, found: str, plac
     assert (finding.status, finding.found) == (status, found)
 
 
-def test_what_can_not_be_deleted(place: Place, lacking: Lacking, server: S3Server) -> None:
-    """Retention would free nothing."""
+@pytest.mark.parametrize("refused", ["list_multipart_uploads", "list_parts", "abort_multipart_upload"])
+def test_what_is_left_of_uploads_can_not_be_cleaned_up(
+    refused: str, place: Place, lacking: Lacking, server: S3Server
+) -> None:
+    """It is told, with what these checks themselves have left for it: no more than one, and no note of it."""
+    lacking.refused[refused] = errno.EACCES
+    finding = _find("parts", place)
+    assert finding.status == WARNING
+    assert finding.found.startswith("what is left of uploads in parts can't be cleaned up: not here")
+    lacking.refused.clear()
+    left = _find("left", place)
+    assert (left.status == WARNING) == (refused == "abort_multipart_upload")
+    for upload in _uploads(server, place):
+        assert upload["UploadId"] in finding.found
+        assert upload["UploadId"] in left.found
+        server.client().call_s3("abort_multipart_upload", Bucket=BUCKET, Key=upload["Key"], UploadId=upload["UploadId"])
+    assert place.storage.list_names(place.directory) == []
+
+
+def _uploads(server: S3Server, place: Place) -> list[dict[str, str]]:
+    prefix = place.probe.removeprefix(f"s3://{BUCKET}/")
+    answer = server.client().call_s3("list_multipart_uploads", Bucket=BUCKET, Prefix=prefix)
+    uploads: list[dict[str, str]] = answer.get("Uploads", [])
+    return uploads
+
+
+def test_what_can_not_be_deleted(place: Place, lacking: Lacking) -> None:
+    """Retention would free nothing; no later check takes what is left for its own, and all of it is told."""
     lacking.refused["delete_object"] = errno.EACCES
     finding = _find("writing", place)
     assert (finding.status, finding.choice) == (WARNING, "retention frees no space")
+    for check in ("conditions", "copying", "parts", "speed"):
+        assert _find(check, place).status in (OK, NOTE)
+    left = _find("left", place)
     lacking.refused.clear()
-    place.storage.delete([place.probe])
+    names = place.storage.list_names(place.directory)
+    assert (left.status, len(names) >= 5) == (WARNING, True)
+    assert all(f"{place.directory}/{name}" in left.found for name in names)
+    place.storage.delete([f"{place.directory}/{name}" for name in names])
 
 
 @pytest.mark.parametrize("ignored", ["IfNoneMatch", "IfMatch"])

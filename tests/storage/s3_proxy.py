@@ -79,6 +79,8 @@ class S3Proxy:
         self.num_hits = 0
         self.seen: list[str] = []  # the kinds of all requests since `arm`
         self.refusal = _REFUSAL  # status and code
+        self.denied: set[str] = set()  # operations that are answered with 403, whatever they are done to
+        self.lacking: set[str] = set()  # headers of writes, in lower case, that are answered with 501
         self._http = _Server(("127.0.0.1", 0), _Handler)
         self._http.proxy = self
         self.server = S3Server(f"http://127.0.0.1:{self._http.server_port}")
@@ -89,6 +91,7 @@ class S3Proxy:
             self._released.set()
             self._released = threading.Event()
             self._fault, self._counts, self.seen = fault, Counter(), []
+            self.denied, self.lacking = set(), set()
             self.hit, self.num_hits = threading.Event(), 0
 
     def strike(self, kind: str) -> tuple[Harm | None, threading.Event]:
@@ -141,12 +144,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pass_on(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        is_copy = "x-amz-copy-source" in self.headers
-        harm, released = self.server.proxy.strike(kind_of(self.command, self.path, is_copy))
+        proxy, kind = self.server.proxy, kind_of(self.command, self.path, "x-amz-copy-source" in self.headers)
+        harm, released = proxy.strike(kind)
         if harm == "refuse":
-            status, code = self.server.proxy.refusal
-            message = f"<Error><Code>{code}</Code><Message>Please reduce your request rate.</Message></Error>"
-            self._answer(status, [("Content-Type", "application/xml")], message.encode())
+            self._refuse(*proxy.refusal, "Please reduce your request rate.")
+            return
+        if kind.partition(" ")[0] in proxy.denied or kind in proxy.denied:
+            self._refuse(403, "AccessDenied", "Not for you.")
+            return
+        if self.command in ("PUT", "POST") and proxy.lacking & {name.lower() for name in self.headers}:
+            self._refuse(501, "NotImplemented", "A header implies functionality that is not implemented.")
             return
         if harm == "cut":
             self._send_half(body)
@@ -193,6 +200,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._begin(connection)
         connection.send(body[: len(body) // 2])
         connection.close()
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+        self._answer(status, [("Content-Type", "application/xml")], b"" if self.command == "HEAD" else body.encode())
 
     def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
         self.send_response_only(status)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from asyncckpt.errors import RegistryError
+from asyncckpt.naming import ALIVE_NAME, CLAIM_NAME
 from asyncckpt.storage import claim
 from asyncckpt.storage.base import Lock
 from asyncckpt.storage.fsspec_memory import MemoryStorage
@@ -60,3 +62,24 @@ def test_what_was_let_go_meanwhile_can_be_had(
     second = storage.lock(directory, "the second")
     assert storage.holder(directory) == "the second"
     second.release()
+
+
+@pytest.mark.parametrize("name", [CLAIM_NAME, ALIVE_NAME])
+@pytest.mark.parametrize("contents", [b"mine", b"{}", 5000 * b"0"], ids=["text", "JSON", "large"])
+def test_a_file_of_others_is_not_taken_for_a_claim(
+    storage: MemoryStorage, directory: str, name: str, contents: bytes
+) -> None:
+    """Nothing is written, and the error names it."""
+    path = f"{directory}/{name}"
+    storage.replace(path, contents)
+    with pytest.raises(RegistryError, match=f"^{path} can't be used: it was not written by asyncckpt; .* move it away"):
+        storage.lock(directory, "us")
+    assert storage.list_names(directory) == [name]
+    assert storage.read(path, len(contents)) == contents
+
+
+def test_what_dead_writers_of_ours_left_is_taken_over(storage: MemoryStorage, directory: str) -> None:
+    """A beat, or what a look at the store's conditions has left in its place."""
+    for contents in (b"0123456789abcdef 12", b""):
+        storage.replace(f"{directory}/{ALIVE_NAME}", contents)
+        storage.lock(directory, "us").release()

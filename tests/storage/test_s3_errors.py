@@ -147,6 +147,27 @@ def test_a_missing_package_is_named(
         asyncckpt.load(f"{url}/latest.pt", storage_options=server.options)
 
 
+@pytest.mark.parametrize("code", ["QuotaExceeded", "AccessDenied", "Odd\u202e"])
+def test_a_refusal_is_in_the_stores_own_words(
+    proxy: S3Proxy, place: str, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one line, whatever they hold: only they may say why."""
+    monkeypatch.setattr(proxy, "refusal", (403, code))
+    proxy.arm(Fault("refuse", "put_object checkpoint", times=1000))
+    error = save_by_saver(f"s3://{BUCKET}/{place}", proxy.server.options)
+    assert f"({code}: Please reduce your request rate.)".replace("\u202e", "\\u202e") in str(error)
+    assert "key and secret" not in str(error)
+
+
+def test_a_refusal_without_words_names_the_right_to_list(proxy: S3Proxy, place: str) -> None:
+    """What is not there can't be told from what may not be read, by who may not list."""
+    proxy.arm(None)
+    proxy.denied = {"head_object"}
+    error = load(f"s3://{BUCKET}/{place}", proxy.server.options)
+    assert isinstance(error, PermissionError)
+    assert "(403: Forbidden); without the right to s3:ListBucket" in str(error)
+
+
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3_requests, "_MAX_TRIES", 2)

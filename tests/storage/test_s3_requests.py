@@ -7,13 +7,15 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from asyncckpt.naming import temporary_name
 from asyncckpt.storage import s3, s3_requests
-from asyncckpt.storage.base import ConflictError
+from asyncckpt.storage.base import ConflictError, committing
 from asyncckpt.storage.s3 import S3Storage
+from storage import s3_proxy as s3_proxy_module
 from storage.claimed import claimed
 from storage.conformance import make_content, put_by_upload
 from storage.s3_proxy import ANY, Fault, S3Proxy, s3_proxy
@@ -21,6 +23,7 @@ from storage.s3_server import S3Server
 
 BUCKET = "requests"
 PART_BYTES = 5 << 20
+OFFSETS = range(0, 4 * PART_BYTES, PART_BYTES)
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +73,17 @@ def write_note(server: S3Server, directory: str, contents: str) -> str:
     return note
 
 
+def write_note_in_a_later_second(server: S3Server, path: str, contents: str) -> str:
+    """Later, by the server's clock, than all uploads to `path` were begun."""
+    bucket, key = s3.split(path)
+    client = server.client()
+    begun = client.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key)["Uploads"][0]["Initiated"]
+    note = write_note(server, path.rsplit("/", 1)[0], contents)
+    while client.info(note, refresh=True)["LastModified"].replace(microsecond=0) <= begun:
+        client.pipe_file(note, contents.encode())
+    return note
+
+
 def test_all_pages_of_names_are_read(
     storage: S3Storage, proxy: S3Proxy, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,15 +101,57 @@ def test_all_pages_of_names_are_read(
 def test_all_pages_of_uploads_are_swept(
     storage: S3Storage, server: S3Server, proxy: S3Proxy, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of the note's key, and no others, though their keys begin the same way."""
+    """Those of the note's key that were begun after it, and none whose keys only begin the same way."""
     monkeypatch.setattr(s3_requests, "_PAGE_KEYS", 2)
+    write_note(server, place, f"{place}/file\n")
     begin_uploads(server, f"{place}/file", 5)
     others = begin_uploads(server, f"{place}/file2", 3)
-    write_note(server, place, f"{place}/file")
     proxy.arm(None)
     assert len(storage.sweep(place, has_lock=True)) == 1
     assert uploads(server, f"{place}/file") == others
     assert proxy.seen.count("list_multipart_uploads") >= 4
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_somebody_elses_upload_to_the_same_key_is_not_swept(
+    storage: S3Storage, server: S3Server, place: str, is_known: bool
+) -> None:
+    """The note says which one is ours; where nobody had the time to note that, what was begun before is not."""
+    path = f"{place}/file"
+    theirs = begin_uploads(server, path, 1)
+    if is_known:
+        ours = begin_uploads(server, path, 1)
+        note = write_note(server, place, f"{path}\n{ours.pop()}")
+        theirs |= begin_uploads(server, path, 1)
+    else:
+        note = write_note_in_a_later_second(server, path, f"{path}\n")
+        begin_uploads(server, path, 1)
+    assert storage.sweep(place, has_lock=True) == [note]
+    assert uploads(server, path) == theirs
+
+
+def test_a_sweep_that_is_refused_ends_and_says_so_once(
+    storage: S3Storage, server: S3Server, proxy: S3Proxy, place: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where nothing can be deleted notes add up: each opening is not to walk through all of them in vain."""
+    for _ in range(3):
+        write_note(server, place, f"{place}/file\nno-such-upload")
+    proxy.arm(None)
+    proxy.denied = {"delete_object"}
+    for _ in range(2):
+        assert storage.sweep(place, has_lock=True) == []
+    assert proxy.seen.count("delete_object note") == 2
+    assert caplog.text.count("what dead writers have left (.asyncckpt-claimed-….tmp) stays: these credentials") == 1
+    proxy.denied = set()
+    assert len(storage.sweep(place, has_lock=True)) == 3
+
+
+def test_a_killed_writers_note_says_which_upload_it_is(storage: S3Storage, server: S3Server, place: str) -> None:
+    """So that nobody has to guess."""
+    path = f"{place}/file"
+    storage.begin(path, PART_BYTES + 1)
+    (note,) = storage.list_names(place)
+    assert server.client().cat_file(f"{place}/{note}").decode() == f"{path}\n{uploads(server, path).pop()}"
 
 
 def test_a_listing_that_does_not_go_on_is_an_error(storage: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +161,7 @@ def test_a_listing_that_does_not_go_on_is_an_error(storage: S3Storage, monkeypat
         storage.list_names(f"s3://{BUCKET}/run")
 
 
-@pytest.mark.parametrize("contents", ["", "nothing of ours", "s3://{bucket}/elsewhere/file", "{place}/deeper/file"])
+@pytest.mark.parametrize("contents", ["", "nothing of ours", "s3://{bucket}/elsewhere/file\n", "{place}/deeper/file\n"])
 def test_what_is_no_note_of_this_place_is_left_alone(
     storage: S3Storage, server: S3Server, place: str, contents: str
 ) -> None:
@@ -138,6 +194,25 @@ def test_a_stall_is_a_failure(storage: S3Storage, proxy: S3Proxy, place: str, fa
     assert caught.value.filename == f"{place}/file"
     proxy.arm(None)
     put_by_upload(storage, f"{place}/file", contents)
+
+
+@pytest.mark.parametrize("kind", ["upload_part checkpoint", "get_object checkpoint"])
+def test_requests_side_by_side_on_a_slow_line_are_no_stall(
+    storage: S3Storage, proxy: S3Proxy, place: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a share of the line, so it may take as many times as long as it would alone, and is sent once."""
+    contents = memoryview(make_content(4 * PART_BYTES))
+    with committing(storage.begin(f"{place}/file", len(contents))) as upload, ThreadPoolExecutor(4) as threads:
+        monkeypatch.setattr(s3_proxy_module, "_DELAY_SECS", 2.5)  # alone, it would be given up after one and a half
+        proxy.arm(Fault("delay", kind, times=4))
+        for _ in threads.map(lambda at: upload.write(at, contents[at : at + PART_BYTES]), OFFSETS):
+            pass
+    with storage.open(f"{place}/file") as reader, ThreadPoolExecutor(4) as threads:
+        found = memoryview(bytearray(len(contents)))
+        for _ in threads.map(lambda at: reader.read_into(at, found[at : at + PART_BYTES]), OFFSETS):
+            pass
+    assert found == contents
+    assert proxy.num_hits == proxy.seen.count(kind) == 4
 
 
 def test_a_conditional_write_in_doubt_is_known_when_it_has_arrived(

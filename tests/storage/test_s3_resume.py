@@ -15,6 +15,7 @@ import pytest
 
 from asyncckpt.storage.s3 import S3Storage
 from storage.conformance import environment, make_content, write_in_pieces
+from storage.s3_proxy import Fault, s3_proxy
 from storage.s3_server import BUCKET, S3Server
 from storage.test_s3 import PART_BYTES
 
@@ -123,6 +124,21 @@ def test_an_upload_that_is_gone_is_begun_anew(
             storage.requests.send("abort_multipart_upload", BUCKET, Key=key, UploadId=upload["UploadId"])
     put(storage, path, content)
     assert storage.num_sent["upload_part"] == 5
+    assert server.client().cat_file(path) == content
+    assert storage.list_names(path.rsplit("/", 1)[0]) == ["file"]
+
+
+def test_an_upload_whose_parts_nobody_may_list_is_begun_anew(
+    server: S3Server, storage: Counted, options: dict[str, Any], path: str
+) -> None:
+    """The save costs a whole upload then, and is not lost; the old one and its note are gone."""
+    content = make_content(NUM_BYTES)
+    leave_upload(options, path, content, [0, 1])
+    with s3_proxy(server) as proxy:
+        proxy.refusal = (403, "AccessDenied")
+        proxy.arm(Fault("refuse", "list_parts checkpoint", times=1000))
+        put(Counted(**options | {"options": proxy.server.options}), path, content)
+        assert proxy.num_hits == 1
     assert server.client().cat_file(path) == content
     assert storage.list_names(path.rsplit("/", 1)[0]) == ["file"]
 
