@@ -111,6 +111,12 @@ class S3Requests:
         self._pid = 0
         self._known_buckets: set[str] = set()
 
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the user wants every object to have; what a request says of metadata takes its place."""
+        found: Mapping[str, str] = self._options.get("s3_additional_kwargs", {}).get("Metadata", {})
+        return found
+
     def send(
         self,
         operation: str,
