@@ -39,7 +39,24 @@ def s3_options(options: Mapping[str, Any]) -> dict[str, Any]:
             del own[name]
         elif not isinstance(own.get(name, {}), Mapping):
             raise CheckpointError(f"storage_options: {name} is a dict, not {type(own[name]).__name__}")
+    if not _is_metadata((own.get("s3_additional_kwargs") or {}).get("Metadata", {})):
+        raise CheckpointError("storage_options: Metadata in s3_additional_kwargs is a dict of str")
+    _check_printable(own)
+    _check_printable(own.get("client_kwargs", {}))
     return own
+
+
+def _check_printable(options: Mapping[str, Any]) -> None:
+    """What was read from a file with its line end makes no header: no other try can help."""
+    for name, value in options.items():
+        if isinstance(value, str) and not value.isprintable():
+            raise CheckpointError(
+                f"storage_options: {name} holds a line end, or another character that does not print; strip it"
+            )
+
+
+def _is_metadata(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(text, str) for item in value.items() for text in item)
 
 
 def unusable(error: BaseException, options: Mapping[str, Any]) -> CheckpointError:

@@ -122,6 +122,12 @@ class S3Requests:
         self._known_buckets: set[str] = set()
         self.unsupported: set[str] = set()  # what the store was found not to have, in its users' words
 
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the user wants every object to have; what a request says of metadata takes its place."""
+        found: Mapping[str, str] = self._options.get("s3_additional_kwargs", {}).get("Metadata", {})
+        return found
+
     def send(
         self,
         operation: str,

@@ -71,6 +71,12 @@ CAN_NOT_BE_USED: list[tuple[dict[str, Any], str]] = [
     ({"endpoint_url": "nonsense"}, "endpoint_url is no URL"),
     ({"profile": "nonsense"}, "check profile"),
     ({"config_kwargs": {"retries": 5}}, "config_kwargs"),
+    ({"s3_additional_kwargs": {"Metadata": SECRET}}, "Metadata in s3_additional_kwargs is a dict of str"),
+    ({"s3_additional_kwargs": {"Metadata": {"a": 5}}}, "Metadata in s3_additional_kwargs is a dict of str"),
+    ({"token": f"{SECRET}\n"}, "token holds a line end"),
+    ({"secret": f"{SECRET}\r\n"}, "secret holds a line end"),
+    ({"key": f"\x1b{SECRET}"}, "key holds a line end, or another character that does not print"),
+    ({"key": None, "secret": None, "client_kwargs": {"aws_session_token": f"{SECRET}\n"}}, "aws_session_token holds"),
 ]
 
 

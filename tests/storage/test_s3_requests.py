@@ -154,6 +154,21 @@ def test_a_killed_writers_note_says_which_upload_it_is(storage: S3Storage, serve
     assert server.client().cat_file(f"{place}/{note}").decode() == f"{path}\n{uploads(server, path).pop()}"
 
 
+@pytest.mark.usefixtures("proxy")
+@pytest.mark.parametrize("num_bytes", [10, PART_BYTES + 1], ids=["one PUT", "in parts"])
+def test_the_users_metadata_is_kept(server: S3Server, place: str, num_bytes: int) -> None:
+    """Beside ours, which tells whose bytes an object holds and can't be replaced; a copy has the same."""
+    given = {"Metadata": {"project": "mine", "Asyncckpt-Attempt": "theirs"}}
+    storage = S3Storage({**server.options, "s3_additional_kwargs": given}, least_part_bytes=PART_BYTES)
+    put_by_upload(storage, f"{place}/file", make_content(num_bytes))
+    storage.link(f"{place}/file", f"{place}/second")
+    for name in ("file", "second"):
+        found = storage.requests.send("head_object", BUCKET, Key=s3.split(f"{place}/{name}")[1])["Metadata"]
+        assert found.keys() == {"project", s3._TOKEN}
+        assert found["project"] == "mine"
+        assert found[s3._TOKEN] != "theirs"
+
+
 def test_a_listing_that_does_not_go_on_is_an_error(storage: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that says that there is more, but not where, is not asked for ever."""
     monkeypatch.setattr(storage.requests, "_send_once", lambda *_: {"IsTruncated": True, "NextContinuationToken": "x"})
