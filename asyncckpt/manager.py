@@ -567,6 +567,7 @@ class CheckpointManager:
             mirror = self._mirror.running() if self._mirror is not None else None
         changed = self._saver.run_on_worker(change, name, str(self.checkpoint_dir))
         if mirror is not None:
+            mirror.unpin([info.sequence for info in changed if info.sequence is not None and not info.pinned])
             mirror.poke()
         return [self._directory.locate(info) for info in changed]
 
@@ -600,7 +601,7 @@ class CheckpointManager:
             raise ValueError(f"tier must be 'local' or 'mirror', not {tier!r}")
         if tier == "mirror" and self._mirror is None:
             raise ValueError("this manager has no mirror")
-        self._saver.check_not_in_callback("wait")
+        self._check_not_in_callback("wait")
         Ranks().on_first(lambda: self._wait(timeout, tier))
 
     def _wait(self, timeout: float | None, tier: str) -> None:
@@ -619,12 +620,18 @@ class CheckpointManager:
         Blocks up to `timeout` seconds. Waits for no other rank: in a distributed run the first one closes what it
         wrote, and alone raises what failed.
         """
+        self._check_not_in_callback("close")
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             self._saver.close(timeout)
         finally:
             self._close_mirror(deadline)
             self._give_back(deadline)
+
+    def _check_not_in_callback(self, name: str) -> None:
+        self._saver.check_not_in_callback(name)
+        if self._mirror is not None:
+            self._mirror.check_not_in_callback(name)
 
     def _close_mirror(self, deadline: float | None) -> None:
         if self._mirror is not None:

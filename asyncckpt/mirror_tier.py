@@ -143,6 +143,11 @@ class MirrorTier:
             raise WaitTimeoutError(f"the mirror does not have everything yet{reason}")
         _raise_losses(mirror.take_losses())
 
+    def check_not_in_callback(self, name: str) -> None:
+        """Raise in a callback of `handle.mirrored`, whose thread the method `name` would wait for."""
+        if self._mirror is not None:
+            self._mirror.check_not_in_callback(name)
+
     # --- the end ---
 
     def leave(self) -> None:

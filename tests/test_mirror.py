@@ -223,6 +223,49 @@ def test_pins_hold_in_the_mirror_too(make: Make, reader: CheckpointManager) -> N
     assert steps(reader) == [4]
 
 
+@only_by_processes
+@pytest.mark.parametrize("lost", ["the directory", "the registry"])
+def test_pins_outlive_what_pinned_them(make: Make, reader: CheckpointManager, lost: str, tmp_path: Path) -> None:
+    """What is lost here was unpinned by nobody."""
+    manager = make(max_checkpoints=1)
+    save(manager, 1)
+    manager.wait(60)
+    manager.pin(1)
+    manager.wait(60, tier="mirror")
+    if lost == "the directory":
+        shutil.rmtree(tmp_path / "here")
+    else:
+        manager.close(60)
+        (tmp_path / "here" / REGISTRY_NAME).unlink()
+        manager = make(max_checkpoints=1)
+    for step in (2, 3):
+        save(manager, step)
+        manager.wait(60, tier="mirror")
+    assert steps(reader) == [1, 3]
+
+
+@only_by_processes
+def test_waiting_in_a_callback_of_the_mirror(make: Make) -> None:
+    """Would never end: it is refused."""
+    manager = make()
+    refusals: list[str] = []
+
+    def wait(_: object) -> None:
+        methods: list[Callable[[], None]] = [lambda: manager.wait(60, tier="mirror"), manager.close]
+        for method in methods:
+            try:
+                method()
+            except RuntimeError as error:
+                refusals.append(str(error))
+
+    handle = save(manager, 1)
+    assert handle.mirrored is not None
+    handle.mirrored.add_done_callback(wait)
+    manager.wait(60, tier="mirror")
+    wait_for(lambda: len(refusals) == 2)
+    assert "inside a callback would wait for itself" in refusals[0]
+
+
 @only_to_a_directory
 def test_a_restart_catches_up(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
     """What was saved without the mirror comes there with the next run that has one."""

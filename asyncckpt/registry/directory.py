@@ -579,11 +579,11 @@ class CheckpointDirectory:
                 self._write(registry)
         return [replace(info, pinned=is_pinned) for info in chosen] if is_pinned else changed
 
-    def follow_pins(self, infos: Sequence[CheckpointInfo], gone: Collection[int]) -> None:
+    def follow_pins(self, infos: Sequence[CheckpointInfo], unpinned: Collection[int]) -> None:
         """Pin what another directory of the run pins; see `Registry.following_pins`. Blocks; durable on return."""
         with self._writing, _explained(self.path, "was not changed"):
             before = self._own_registry()
-            registry = before.following_pins(infos, gone)
+            registry = before.following_pins(infos, unpinned)
             if registry != before:
                 self.generation = next(_generations)
                 self._write(registry)

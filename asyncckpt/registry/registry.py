@@ -121,17 +121,21 @@ class Registry:
             replace(other, pinned=is_pinned) if other.sequence == info.sequence else other for other in self.checkpoints
         )
 
-    def following_pins(self, infos: Iterable[CheckpointInfo], gone: Collection[int]) -> Registry:
-        """With what another directory of the run pins pinned, and unpinned what followed it, and is pinned there no
-        more, or is `gone`. Pins of its own stay; so do followed ones that the other directory knows nothing of.
+    def following_pins(self, infos: Iterable[CheckpointInfo], unpinned: Collection[int]) -> Registry:
+        """With what another directory of the run pins pinned; unpinned what followed it, and is listed there without a
+        pin, or is among those `unpinned`.
+
+        Pins of its own stay. So do followed ones that the other directory does not list, or lists as found without a
+        registry: it has lost them, and nobody has unpinned them.
         """
-        is_pinned = {_sequence(info): info.pinned for info in infos}
-        pinned = {number for number, pins in is_pinned.items() if pins}
-        left = {number for number in self.followed_pins if number in gone or not is_pinned.get(number, True)}
+        infos = list(infos)
+        pinned = {_sequence(info) for info in infos if info.pinned}
+        left = {_sequence(info) for info in infos if not info.pinned and not info.protected} | set(unpinned) - pinned
+        followed = self.followed_pins - left
         there = {_sequence(info) for info in self.checkpoints}
-        registry = replace(self, followed_pins=frozenset(pinned | ((self.followed_pins & there) - left)))
+        registry = replace(self, followed_pins=frozenset(pinned | (followed & there)))
         for info in self.checkpoints:
-            if _sequence(info) in pinned | left:
+            if _sequence(info) in pinned | (self.followed_pins & left):
                 registry = registry.with_pin(info, is_pinned=_sequence(info) in pinned)
         return registry
 

@@ -23,12 +23,12 @@ class Replica:
     def __init__(self, source: CheckpointDirectory, target: CheckpointDirectory) -> None:
         self._source = source
         self._target = target
-        self._pinned: frozenset[int] = frozenset()  # in the source, when it was read last
 
-    def look(self, without: Collection[int]) -> Backlog:
-        """What is to be copied, but for the numbers in `without`.
+    def look(self, without: Collection[int] = (), unpinned: Collection[int] = ()) -> Backlog:
+        """What is to be copied, but for the numbers in `without`; nothing, as long as there is no run to follow.
 
-        Opens the replica for writing, and pins there what is pinned in the source. Blocks. Raises as
+        Opens the replica for writing, pins there what is pinned in the source, and unpins what was `unpinned` there
+        (though it be listed no more). Blocks. Raises as
         `CheckpointDirectory.read` and `open_for_writing` do: a directory of another run is left alone, and so is one
         that has other checkpoints of this run under the same numbers (`CheckpointError`).
         """
@@ -42,7 +42,7 @@ class Replica:
         self._target.finish_recording()
         self._target.delete_pending()
         self._check_same(source.checkpoints)
-        self._take_pins(source.checkpoints)
+        self._target.follow_pins(source.checkpoints, unpinned)
         return backlog_of(source, self._target.own_registry, self._target.retention, without)
 
     def locate(self, info: CheckpointInfo) -> CheckpointInfo:
@@ -59,12 +59,6 @@ class Replica:
                     f"{self._target.path} has {other.filepath} where {self._source.path} has {info.filepath}: another "
                     "trainer went on with the same run, or an old directory came back; give this one another mirror"
                 )
-
-    def _take_pins(self, infos: Sequence[CheckpointInfo]) -> None:
-        """Also unpin what has been unpinned, and dropped, since the last look."""
-        pinned = frozenset(info.sequence for info in infos if info.pinned and info.sequence is not None)
-        self._target.follow_pins(infos, self._pinned - pinned)
-        self._pinned = pinned
 
     def copy(self, info: CheckpointInfo) -> CheckpointInfo | None:
         """Bring one checkpoint to the replica, verified; listed there, and durable, on return. Blocks.

@@ -205,6 +205,12 @@ class Poke(Message, frozen=True):
     is_hurried: bool
 
 
+class Unpin(Message, frozen=True):
+    """These are not pinned in the source any more."""
+
+    sequences: list[int]
+
+
 class Finish(Message, frozen=True):
     """Nothing more will be saved, though the trainer may live on: copy what is lacking, and end."""
 
@@ -238,7 +244,7 @@ class Progress(Message, frozen=True):
     tried: int
 
 
-ToMirror = SetupMirror | Poke | Finish | Farewell
+ToMirror = SetupMirror | Poke | Unpin | Finish | Farewell
 FromMirror = Copied | PassedOver | GivenUp | Progress | Happened | Logged
 
 

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 from asyncckpt.errors import CheckpointError
@@ -32,6 +33,7 @@ from asyncckpt.service.messages import (
     Poke,
     Progress,
     SetupMirror,
+    Unpin,
 )
 from asyncckpt.service.queue import Emit
 from asyncckpt.service.replicator import Replicator, make_replicator
@@ -148,6 +150,16 @@ class Mirror:
         if error is not None:
             self._standing.note_failed(sequence, error)
         self.poke()
+
+    def unpin(self, sequences: Sequence[int]) -> None:
+        """These are not pinned in the directory any more, which may drop them before anybody looks."""
+        if sequences and self._is_ours:
+            self._copier.unpin(sequences)
+
+    def check_not_in_callback(self, name: str) -> None:
+        """Raise if this is the thread that settles `expect`'s futures, which the method `name` would wait for."""
+        if self._copier.contains_current_thread():
+            raise RuntimeError(f"{name}() inside a callback would wait for itself; hand the work to another thread")
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until nothing is lacking; False on time-out, or when it is left to its process.
@@ -328,6 +340,13 @@ class ThreadCopier:
     def poke(self, *, is_hurried: bool = False) -> None:
         self._replicator.poke(next(self._standing.numbers), is_hurried=is_hurried)
 
+    def unpin(self, sequences: Sequence[int]) -> None:
+        self._replicator.unpin(sequences)
+
+    def contains_current_thread(self) -> bool:
+        """Whether this is the thread that tells what becomes of checkpoints."""
+        return self._replicator.contains_current_thread()
+
     def stop(self, timeout: float) -> None:
         """Bring nothing more, and end."""
         self._replicator.stop()
@@ -358,6 +377,7 @@ class ProcessCopier:
         self._is_hurried = False  # no pause is waited for
         self._sent = 0
         self._answered = 0
+        self._unpinned: list[int] = []
         self._process: WriterProcess | None = self._start()
         self._thread = threading.Thread(target=self._serve, name="asyncckpt-mirror", daemon=True)
         self._thread.start()
@@ -376,6 +396,14 @@ class ProcessCopier:
     def _send(self, message: messages.Message) -> None:
         if (process := self._process) is not None:
             process.connection.send(messages.encode(message))
+
+    def unpin(self, sequences: Sequence[int]) -> None:
+        self._unpinned.extend(sequences)
+        self._send(Unpin(list(sequences)))
+
+    def contains_current_thread(self) -> bool:
+        """Whether this is the thread that tells what becomes of checkpoints."""
+        return threading.current_thread() is self._thread
 
     @property
     def pid(self) -> int | None:
@@ -407,6 +435,7 @@ class ProcessCopier:
     def _start(self) -> WriterProcess:
         process = WriterProcess(MIRROR_MODULE)
         process.connection.send(messages.encode(self._setup))
+        process.connection.send(messages.encode(Unpin(self._unpinned)))  # an earlier one may not have come to it
         return process
 
     def _serve(self) -> None:

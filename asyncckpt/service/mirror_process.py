@@ -26,6 +26,7 @@ from asyncckpt.service.messages import (
     Poke,
     Progress,
     SetupMirror,
+    Unpin,
 )
 from asyncckpt.service.replicator import Replicator, make_replicator
 from asyncckpt.service.writer import Forwarder, run_process, step_back
@@ -98,6 +99,9 @@ class MirrorProcess:
         elif isinstance(message, Poke):
             assert self._replicator is not None, "the trainer's first message is SetupMirror"
             self._replicator.poke(message.number, is_hurried=message.is_hurried)
+        elif isinstance(message, Unpin):
+            assert self._replicator is not None, "the trainer's first message is SetupMirror"
+            self._replicator.unpin(message.sequences)
         elif isinstance(message, Finish):
             self._is_finishing = True
         elif isinstance(message, Farewell):

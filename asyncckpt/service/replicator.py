@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from typing import Protocol
 
 from asyncckpt.errors import CheckpointError, CorruptCheckpointError
@@ -77,6 +78,7 @@ class Replicator:
         self._is_hurried = False
         self._is_finishing = False
         self._given_up: set[int] = set()
+        self._unpinned: set[int] = set()  # and not yet in the mirror
         self._passed_over: frozenset[int] = frozenset()
         self._num_copies: Counter[int] = Counter()
         self._failures: Counter[int] = Counter()  # of what could not be copied so far
@@ -93,6 +95,10 @@ class Replicator:
         if is_hurried:
             self._is_hurried = True
 
+    def unpin(self, sequences: Iterable[int]) -> None:
+        """These are not pinned in the source any more, which may drop them before it is looked at."""
+        self._unpinned.update(sequences)
+
     def await_source(self) -> None:
         """Wait for who finishes the checkpoints of a trainer that has ended."""
         self._replica.await_source()
@@ -107,6 +113,10 @@ class Replicator:
         """End after the checkpoint that is being copied."""
         self._is_stopped = True
         self._pokes.put(0)
+
+    def contains_current_thread(self) -> bool:
+        """Whether this is its thread, on which listeners are called."""
+        return threading.current_thread() is self._thread
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the thread to end; False on time-out."""
@@ -166,7 +176,10 @@ class Replicator:
     def _look(self) -> Backlog:
         """What is to be copied now."""
         copied_in_vain = {sequence for sequence, number in self._num_copies.items() if number >= _MAX_COPIES}
-        backlog = self._replica.look(without=self._given_up | copied_in_vain)
+        unpinned = frozenset(self._unpinned)
+        backlog = self._replica.look(self._given_up | copied_in_vain, unpinned)
+        if backlog.there:
+            self._unpinned.difference_update(unpinned)
         for info in backlog.there:  # also what another process has brought; what failed may have arrived all the same
             if info.sequence is not None and info.sequence not in self._told:
                 self._tell_copied(info.sequence, self._replica.locate(info))

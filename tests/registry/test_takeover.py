@@ -327,7 +327,7 @@ class TestReplica:
         assert [info.pinned for info in target.own_registry.checkpoints] == [False, True, False]
 
     def test_one_that_was_unpinned_and_dropped(self, source: Writer, target: CheckpointDirectory) -> None:
-        """In the source, all since the last look: in the replica it is pinned no more. One that is only gone is."""
+        """In the source, before anybody looked: in the replica it is pinned no more. One that is only gone is."""
         replica = Replica(source.directory, target)
         for step in (1, 2, 3):
             source.save(step)
@@ -338,6 +338,8 @@ class TestReplica:
         source.directory.prune(KeepLast(1))
         source.save(4)
         self.catch_up(replica)
+        assert [info.pinned for info in target.own_registry.checkpoints] == [True, True, False, False]
+        replica.look(unpinned=[1])
         assert [info.pinned for info in target.own_registry.checkpoints] == [False, True, False, False]
         source.storage.delete([source.directory.path_of(checkpoint_name(1, 2, {}))])
         replica = Replica(source.directory, target)
