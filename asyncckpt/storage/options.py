@@ -39,6 +39,8 @@ def s3_options(options: Mapping[str, Any]) -> dict[str, Any]:
             del own[name]
         elif not isinstance(own.get(name, {}), Mapping):
             raise CheckpointError(f"storage_options: {name} is a dict, not {type(own[name]).__name__}")
+    if not isinstance(own.get("s3_additional_kwargs", {}).get("Metadata", {}), Mapping):
+        raise CheckpointError("storage_options: Metadata in s3_additional_kwargs is a dict")
     return own
 
 

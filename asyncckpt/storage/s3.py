@@ -177,7 +177,7 @@ class S3Upload(Upload):
         self._num_bytes = num_bytes
         self._token = secrets.token_hex(8)
         self._expected = expected
-        self._metadata = {_TOKEN: self._token}
+        self._metadata = {**requests.metadata, _TOKEN: self._token}
 
     def _send(self, operation: str, **arguments: Any) -> Answer:
         return self._requests.send(operation, self._bucket, Key=self._key, **arguments)
