@@ -79,6 +79,16 @@ _MAX_SAID_CHARS = 300
 _WRONG_REGION = frozenset({"301", "PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"})
 
 
+# Without these an answer is none of S3's, whatever its status.
+_ESSENTIAL = {
+    "head_object": "ETag",
+    "put_object": "ETag",
+    "upload_part": "ETag",
+    "upload_part_copy": "CopyPartResult",
+    "create_multipart_upload": "UploadId",
+    "complete_multipart_upload": "ETag",
+}
+
 # Ours, or of a client's code: neither the store nor the network is to blame, and no other try can help.
 _MISTAKES = (AttributeError, NameError, AssertionError, ImportError, LookupError, NotImplementedError)
 
@@ -224,7 +234,11 @@ class S3Requests:
                     answer["Body"] = await stream.read()
             return answer
 
-        return self._run(file_system.loop, self._in_its_share(send(), num_bytes), operation, bucket)
+        answer = self._run(file_system.loop, self._in_its_share(send(), num_bytes), operation, bucket)
+        if _ESSENTIAL.get(operation, "ResponseMetadata") not in answer:
+            lacks = f"its answer to {operation} has no {_ESSENTIAL[operation]}"
+            raise OSError(errno.EPROTO, f"what answers there does not speak S3 ({lacks}); check endpoint_url")
+        return answer
 
     async def _in_its_share(self, work: Coroutine[Any, Any, T], num_bytes: int) -> T:
         """What `work` returns, or TimeoutError, when a line of `_LEAST_BYTES_PER_SEC`, which all requests that carry
@@ -401,6 +415,8 @@ def _explained_failure(error: Exception, operation: str) -> OSError:
     if isinstance(error, of_client.SSLError):
         return OSError(errno.EPROTO, f"{operation}: no secure connection; check endpoint_url and its certificate")
     if isinstance(error, of_client.HTTPClientError):
+        if isinstance(error.kwargs.get("error"), ValueError):  # no header can hold it
+            return PermissionError(errno.EACCES, f"the key or the session token has a line end in it; {_CREDENTIALS}")
         return OSError(errno.ETIMEDOUT, f"{operation}: {name}")
     if isinstance(error, (of_client.BotoCoreError, TypeError, ValueError)):
         return OSError(errno.EINVAL, f"{operation}: {name}; check storage_options and the URL")

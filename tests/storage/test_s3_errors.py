@@ -5,10 +5,13 @@ from __future__ import annotations
 import secrets
 import socket
 import sys
+import threading
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -166,6 +169,45 @@ def test_a_refusal_without_words_names_the_right_to_list(proxy: S3Proxy, place: 
     error = load(f"s3://{BUCKET}/{place}", proxy.server.options)
     assert isinstance(error, PermissionError)
     assert "(403: Forbidden); without the right to s3:ListBucket" in str(error)
+
+
+class _Greeter(BaseHTTPRequestHandler):
+    """A web server that is glad of everything."""
+
+    protocol_version = "HTTP/1.1"
+
+    def _greet(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET = do_PUT = do_POST = do_DELETE = _greet
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing."""
+
+
+@pytest.mark.parametrize("way", [save_by_saver, load])
+def test_what_is_no_s3_server_is_told(server: S3Server, place: str, way: Callable[..., BaseException | None]) -> None:
+    """However well it answers."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Greeter) as greeter:
+        thread = threading.Thread(target=greeter.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        options = server.options | {"endpoint_url": f"http://127.0.0.1:{greeter.server_port}"}
+        error = way(f"s3://{BUCKET}/{place}", options)
+        greeter.shutdown()
+        thread.join()
+    assert "what answers there does not speak S3" in str(error)
+    assert "check endpoint_url" in str(error)
+
+
+def test_a_token_that_no_request_can_hold_is_told_at_once(proxy: S3Proxy, place: str) -> None:
+    """As one that was read from a file with its line end; nothing is tried again."""
+    error = load(f"s3://{BUCKET}/{place}", proxy.server.options | {"token": "canary-71c4\n"})
+    assert isinstance(error, PermissionError)
+    assert "the session token has a line end in it" in str(error)
+    assert "canary-71c4" not in "".join(traceback.format_exception(error))
 
 
 @pytest.fixture
