@@ -202,9 +202,13 @@ def test_what_is_no_s3_server_is_told(server: S3Server, place: str, way: Callabl
     assert "check endpoint_url" in str(error)
 
 
-def test_a_token_that_no_request_can_hold_is_told_at_once(proxy: S3Proxy, place: str) -> None:
-    """As one that was read from a file with its line end; nothing is tried again."""
-    error = load(f"s3://{BUCKET}/{place}", proxy.server.options | {"token": "canary-71c4\n"})
+def test_a_token_that_no_request_can_hold_is_told_at_once(
+    proxy: S3Proxy, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it comes from: one that was read from a file with its line end. Nothing is tried again."""
+    for name, value in {**proxy.server.environment, "AWS_SESSION_TOKEN": "canary-71c4\n"}.items():
+        monkeypatch.setenv(name, value)
+    error = load(f"s3://{BUCKET}/{place}", {})
     assert isinstance(error, PermissionError)
     assert "the session token has a line end in it" in str(error)
     assert "canary-71c4" not in "".join(traceback.format_exception(error))

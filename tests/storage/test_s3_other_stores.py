@@ -126,15 +126,3 @@ def test_a_copy_in_parts_of_what_a_key_of_the_customer_encrypts(
     proxy.lacking = {"x-amz-copy-source-server-side-encryption-customer-key"}
     with pytest.raises(UnsupportedError, match="upload_part_copy: NotImplemented: A header implies functionality"):
         encrypting.link(f"{place}/file", f"{place}/link")
-
-
-@pytest.mark.parametrize("num_bytes", [10, NUM_BYTES])
-def test_objects_have_the_users_metadata(server: S3Server, place: str, num_bytes: int) -> None:
-    """Beside ours."""
-    metadata = {"owner": "me", "asyncckpt-attempt": "theirs"}
-    options = server.options | {"s3_additional_kwargs": {"Metadata": metadata}}
-    put_by_upload(S3Storage(options, least_part_bytes=PART_BYTES), f"{place}/file", make_content(num_bytes))
-    bucket, key = s3.split(f"{place}/file")
-    found = server.client().call_s3("head_object", Bucket=bucket, Key=key)["Metadata"]
-    assert found["owner"] == "me"
-    assert found["asyncckpt-attempt"] != "theirs"
