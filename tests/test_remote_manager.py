@@ -19,7 +19,7 @@ from storage.sftp_server import SFTPServer, ssh_server  # noqa: F401
 from torch import nn
 
 import asyncckpt
-from asyncckpt import AsyncCheckpointSaver, CheckpointManager, KeepLast, StorageBusyError
+from asyncckpt import AsyncCheckpointSaver, CheckpointManager, KeepLast, RegistryError, StorageBusyError
 
 KINDS = ("s3", "sftp", "memory")
 BUCKET = "managed"
@@ -121,6 +121,26 @@ def test_one_writer_at_a_time(make: Callable[..., CheckpointManager]) -> None:
     training.save(second, 2, 0.5)
     second.wait(60)
     assert [info.global_step for info in second.list_checkpoints()] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["writer.json", "writer.alive"])
+@pytest.mark.parametrize("contents", [b"mine", bytes(5000)], ids=["small", "large"])
+def test_files_of_others_where_a_claim_would_be(
+    make: Callable[..., CheckpointManager], place: Place, name: str, contents: bytes
+) -> None:
+    """No save replaces them, or writes anything else there; what they are is no matter for a load."""
+    file_system, path = fsspec.url_to_fs(f"{place.url}/{name}", **place.options, skip_instance_cache=True)
+    file_system.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    file_system.pipe_file(path, contents)
+    manager, training = make(), Training()
+    with pytest.raises(RegistryError, match=f"{name} can't be used: .*move it away"):
+        training.save(manager, 1, 0.5)
+    assert place.names() == {name}
+    assert file_system.cat_file(path) == contents
+    assert manager.load_latest(training.model) == (0, {})
+    file_system.rm_file(path)
+    training.save(manager, 1, 0.5)
+    manager.wait(60)
 
 
 def test_a_saver(place: Place) -> None:

@@ -50,8 +50,12 @@ class _Record(msgspec.Struct, frozen=True):
     released: bool = False
 
 
-_FOREIGN = _Record(0, "", "somebody whose claim makes no sense")
-_BEAT = re.compile(rb"(?:[0-9a-f]{16} [0-9]+)?")  # as `_Beats` writes it, and `has_conditions`
+_HEAD = b'{"epoch":,"token":"'  # of every claim, but for its number
+# What a beat writes, or nothing; where there is a claim also the beginning of it, which alone may be anybody's number.
+_SIGN = re.compile(rb"([0-9a-f]{16} \d+)?")
+_BEGUN_SIGN = re.compile(rb"[0-9a-f]{0,16}|[0-9a-f]{16} \d*")
+_TORN = _Record(0, "", "somebody whose claim makes no sense")
+_NO_CLAIM = _Record(0, "", "another program, whose file has the name of a claim", released=True)
 
 
 class Claim(Lock):
@@ -197,22 +201,20 @@ def take_claim(
 ) -> Claim:
     """Claim a directory. Blocks for a lease where there is a claim whose holder shows no life.
 
-    Raises BlockingIOError, with what its holder said of itself, when somebody has it, and `RegistryError`, before
-    anything is written, where a file of others has the name of one of ours.
+    Raises BlockingIOError, with what its holder said of itself, when somebody has it, and `RegistryError` for files of
+    other programs that have the names of a claim's: they are left alone.
     """
     path = f"{directory}/{CLAIM_NAME}"
-    version, found = _read(storage, path)
-    if found is _FOREIGN:
-        raise _not_ours(path)
-    _check_beat(storage, f"{directory}/{ALIVE_NAME}")
+    version, found = _read_ours(storage, path)
     if (
         found is not None
         and not found.released
         and is_claimed(storage, directory, beat_secs=beat_secs, lease_secs=lease_secs)
     ):
-        version, found = _read(storage, path)  # by now it may be another's, or nobody's
+        version, found = _read_ours(storage, path)  # by now it may be another's, or nobody's
         if found is not None and not found.released:
             raise BlockingIOError(errno.EAGAIN, found.holder)
+    _check_sign_of_life(storage, directory, _SIGN if found is None else _BEGUN_SIGN)
     record = _Record((found.epoch if found is not None else 0) + 1, secrets.token_hex(8), holder)
     try:
         storage.replace(path, msgspec.json.encode(record), expected=version)
@@ -291,43 +293,56 @@ def _sign_of_life(storage: Storage, directory: str) -> str:
     path = f"{directory}/{ALIVE_NAME}"
     if storage.has_versions(directory):
         return storage.version(path)
+    contents, _ = _look(storage, path)
+    return (contents or b"").decode("utf-8", "replace")
+
+
+def _look(storage: Storage, path: str) -> tuple[bytes | None, str]:
+    """What a small file holds, with its version; None for none, and what nobody here writes for one that is large."""
     try:
-        return storage.read(path, _MAX_CLAIM_BYTES).decode("utf-8", "replace")
+        return storage.read_version(path, _MAX_CLAIM_BYTES)
     except FileNotFoundError:
-        return ""
+        return None, ""
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        return b"too large", ""
 
 
 def _read(storage: Storage, path: str) -> tuple[str, _Record | None]:
-    """The claim there is, with its version; `_FOREIGN` for a file that is none."""
-    try:
-        contents, version = storage.read_version(path, _MAX_CLAIM_BYTES)
-    except FileNotFoundError:
+    """The claim there is, with its version; `_NO_CLAIM` for a file of another program."""
+    contents, version = _look(storage, path)
+    if contents is None:
         return "", None
-    except OSError as error:
-        if error.errno != errno.EFBIG:
-            raise
-        return "", _FOREIGN
     try:
         return version, msgspec.json.decode(contents, type=_Record)
-    except msgspec.MsgspecError:
-        return version, _FOREIGN
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return version, _TORN if _is_torn_claim(contents) else _NO_CLAIM
 
 
-def _check_beat(storage: Storage, path: str) -> None:
-    """Raise `RegistryError` for a sign of life that nobody of ours has given."""
-    try:
-        contents = storage.read(path, _MAX_CLAIM_BYTES)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        if error.errno != errno.EFBIG:
-            raise
-        raise _not_ours(path) from error
-    if not _BEAT.fullmatch(contents):
-        raise _not_ours(path)
+def _read_ours(storage: Storage, path: str) -> tuple[str, _Record | None]:
+    version, found = _read(storage, path)
+    if found is _NO_CLAIM:
+        raise _of_others(path)
+    return version, found
 
 
-def _not_ours(path: str) -> RegistryError:
+def _is_torn_claim(contents: bytes) -> bool:
+    """Whether it begins as every claim does, as far as it goes: after a crash of the server its end may be missing, or
+    be zeros."""
+    text = re.sub(rb"(?<=:)\d+", b"", contents.rstrip(b"\0"), count=1)
+    return text[: len(_HEAD)] == _HEAD[: len(text)]
+
+
+def _check_sign_of_life(storage: Storage, directory: str, ours: re.Pattern[bytes]) -> None:
+    """Raise `RegistryError` for a file that no beat has written: the next one would."""
+    path = f"{directory}/{ALIVE_NAME}"
+    contents, _ = _look(storage, path)
+    if contents is not None and not ours.fullmatch(contents.rstrip(b"\0")):
+        raise _of_others(path)
+
+
+def _of_others(path: str) -> RegistryError:
     return RegistryError(
         f"{path} can't be used: it was not written by asyncckpt; use another directory, or move it away"
     )

@@ -64,22 +64,52 @@ def test_what_was_let_go_meanwhile_can_be_had(
     second.release()
 
 
-@pytest.mark.parametrize("name", [CLAIM_NAME, ALIVE_NAME])
-@pytest.mark.parametrize("contents", [b"mine", b"{}", 5000 * b"0"], ids=["text", "JSON", "large"])
-def test_a_file_of_others_is_not_taken_for_a_claim(
-    storage: MemoryStorage, directory: str, name: str, contents: bytes
-) -> None:
-    """Nothing is written, and the error names it."""
-    path = f"{directory}/{name}"
-    storage.replace(path, contents)
-    with pytest.raises(RegistryError, match=f"^{path} can't be used: it was not written by asyncckpt; .* move it away"):
-        storage.lock(directory, "us")
-    assert storage.list_names(directory) == [name]
-    assert storage.read(path, len(contents)) == contents
+RECORD = b'{"epoch":12,"token":"0123456789abcdef","holder":"process 1 on here","released":true}'
+SIGN = b"0123456789abcdef 17"
 
 
-def test_what_dead_writers_of_ours_left_is_taken_over(storage: MemoryStorage, directory: str) -> None:
-    """A beat, or what a look at the store's conditions has left in its place."""
-    for contents in (b"0123456789abcdef 12", b""):
-        storage.replace(f"{directory}/{ALIVE_NAME}", contents)
-        storage.lock(directory, "us").release()
+def contents_of(storage: MemoryStorage, directory: str) -> dict[str, bytes]:
+    return {name: storage.read(f"{directory}/{name}", 1 << 20) for name in storage.list_names(directory)}
+
+
+@pytest.mark.parametrize(
+    ("name", "contents"),
+    [
+        (CLAIM_NAME, b'{"author": "me", "epoch": 3}'),
+        (CLAIM_NAME, b'{"epoch":3,"loss":0.5}'),
+        (CLAIM_NAME, b"[1]"),
+        (CLAIM_NAME, b"12345"),
+        (CLAIM_NAME, b"\xff\xfe"),
+        (CLAIM_NAME, b"[" * 4000),
+        (CLAIM_NAME, b" " * 5000),
+        (ALIVE_NAME, b"mine"),
+        (ALIVE_NAME, b"12345"),  # somebody's process
+        (ALIVE_NAME, SIGN + b"\n"),
+        (ALIVE_NAME, b"0" * 5000),
+    ],
+)
+def test_files_of_others_are_left_alone(storage: MemoryStorage, directory: str, name: str, contents: bytes) -> None:
+    """Whoever would claim the directory is told which file it is, and changes nothing; reading goes on."""
+    storage.replace(f"{directory}/{name}", contents)
+    with pytest.raises(RegistryError, match=f"{directory}/{name} can't be used: .*move it away"):
+        storage.lock(directory, "me")
+    assert contents_of(storage, directory) == {name: contents}
+    assert storage.holder(directory) == ""
+    assert not storage.is_locked(directory)
+
+
+@pytest.mark.parametrize("num_zeros", [0, 100])
+def test_a_torn_claim_locks_nobody_out(directory: str, num_zeros: int) -> None:
+    """Wherever it is cut, and though its sign of life is too."""
+    storage = MemoryStorage(beat_secs=0.01, lease_secs=0.02)
+    for num_bytes in range(len(RECORD)):
+        storage.replace(f"{directory}/{CLAIM_NAME}", RECORD[:num_bytes] + bytes(num_zeros))
+        storage.replace(f"{directory}/{ALIVE_NAME}", SIGN[: num_bytes % len(SIGN)] + bytes(num_zeros))
+        storage.lock(directory, "me").release()
+
+
+@pytest.mark.parametrize("sign", [SIGN, b"", bytes(18)])
+def test_a_sign_of_life_alone_locks_nobody_out(storage: MemoryStorage, directory: str, sign: bytes) -> None:
+    """Somebody has removed the claim, to get in."""
+    storage.replace(f"{directory}/{ALIVE_NAME}", sign)
+    storage.lock(directory, "me").release()
