@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_LEAST_PATIENCE_SECS = 1.0  # for giving the directory back, when all the time has been spent on the mirror
+
 
 class CheckpointManager:
     """Saves checkpoints into one directory, keeps a registry of them, and resumes from them.
@@ -185,7 +187,7 @@ class CheckpointManager:
             lock_timeout_secs=self._lock_timeout_secs,
             report=saver.emit,
         )
-        return MirrorTier(directory, self._directory, options, saver.emit)
+        return MirrorTier(directory, self._directory, options, saver.emit, saver.run_callback)
 
     # --- saving ---
 
@@ -342,7 +344,7 @@ class CheckpointManager:
         """For the mirror too, which is told before, since it may have it at once."""
         mirror = self._mirror.started if self._mirror is not None else None
         sequence = listing.info.sequence or 0
-        mirrored = mirror.expect(sequence) if mirror is not None else None
+        mirrored = mirror.expect(sequence, str(listing.info.filepath)) if mirror is not None else None
         handle: SaveHandle | None = None
         try:
             handle = self._saver.save_listed(
@@ -601,17 +603,17 @@ class CheckpointManager:
             raise ValueError(f"tier must be 'local' or 'mirror', not {tier!r}")
         if tier == "mirror" and self._mirror is None:
             raise ValueError("this manager has no mirror")
-        self._check_not_in_callback("wait")
+        self._saver.check_not_in_callback("wait")
         Ranks().on_first(lambda: self._wait(timeout, tier))
 
     def _wait(self, timeout: float | None, tier: str) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
         self._saver.wait(timeout)
         if tier == "mirror" and self._mirror is not None:
-            with self._saving:
-                if self._mirror.started is None:
+            if self._mirror.started is None:
+                with self._saving:
                     self._saver.check_open()
-                self._mirror.running()
+                    self._mirror.running()
             self._mirror.wait(deadline)
 
     def close(self, timeout: float | None = None) -> None:
@@ -620,18 +622,13 @@ class CheckpointManager:
         Blocks up to `timeout` seconds. Waits for no other rank: in a distributed run the first one closes what it
         wrote, and alone raises what failed.
         """
-        self._check_not_in_callback("close")
+        self._saver.check_not_in_callback("close")
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             self._saver.close(timeout)
         finally:
             self._close_mirror(deadline)
             self._give_back(deadline)
-
-    def _check_not_in_callback(self, name: str) -> None:
-        self._saver.check_not_in_callback(name)
-        if self._mirror is not None:
-            self._mirror.check_not_in_callback(name)
 
     def _close_mirror(self, deadline: float | None) -> None:
         if self._mirror is not None:
@@ -644,7 +641,7 @@ class CheckpointManager:
             return
         patience = self._saver.stall_timeout_secs
         if deadline is not None:
-            patience = min(patience, max(0.0, deadline - time.monotonic()))
+            patience = min(patience, max(_LEAST_PATIENCE_SECS, deadline - time.monotonic()))
         if not storage.join(patience):
             log_quietly(
                 logging.WARNING,

@@ -21,7 +21,7 @@ from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.registry.registry import Registry
 from asyncckpt.registry.retention import to_plain
 from asyncckpt.service.messages import SetupMirror
-from asyncckpt.service.mirror import Mirror
+from asyncckpt.service.mirror import Mirror, RunCallback
 from asyncckpt.service.queue import Emit
 from asyncckpt.storage.bounded import BoundedStorage, NoAnswerError
 from asyncckpt.storage.places import full_path
@@ -49,12 +49,18 @@ class MirrorTier:
     for `running`."""
 
     def __init__(
-        self, directory: CheckpointDirectory, source: CheckpointDirectory, options: MirrorOptions, emit: Emit
+        self,
+        directory: CheckpointDirectory,
+        source: CheckpointDirectory,
+        options: MirrorOptions,
+        emit: Emit,
+        run_callback: RunCallback,
     ) -> None:
         self.directory = directory
         self._source = source
         self._options = options
         self._emit = emit
+        self._run_callback = run_callback
         self._mirror: Mirror | None = None
 
     # --- before a run begins ---
@@ -129,6 +135,7 @@ class MirrorTier:
             retention,
             (here, there),
             self._emit,
+            self._run_callback,
             in_process=options.in_process
             and here.is_shared(self._source.path)
             and there.is_shared(self.directory.path),
@@ -142,11 +149,6 @@ class MirrorTier:
             reason = f": {mirror.problem}" if mirror.problem is not None else ""
             raise WaitTimeoutError(f"the mirror does not have everything yet{reason}")
         _raise_losses(mirror.take_losses())
-
-    def check_not_in_callback(self, name: str) -> None:
-        """Raise in a callback of `handle.mirrored`, whose thread the method `name` would wait for."""
-        if self._mirror is not None:
-            self._mirror.check_not_in_callback(name)
 
     # --- the end ---
 

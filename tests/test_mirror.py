@@ -915,6 +915,76 @@ def test_a_checkpoint_that_is_mirrored_at_once(make: Make, monkeypatch: pytest.M
         assert arrival(handle).global_step == step
 
 
+@pytest.mark.parametrize("kind", ["to a directory", "to a directory, by a thread"])
+def test_a_signal_handler_saves_in_the_middle_of_a_save(
+    make: Make, reader: CheckpointManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which has the lower number then, and is committed later: both come to the mirror, and neither counts as lost."""
+    manager = make(max_checkpoints=1, mirror_retention=KeepLast(9))
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+    save_listed = manager._saver.save_listed
+    handles: list[asyncckpt.SaveHandle] = []
+
+    def interrupted(*arguments: Any, **options: Any) -> asyncckpt.SaveHandle:
+        monkeypatch.setattr(manager._saver, "save_listed", save_listed)
+        handles.append(save(manager, 3))
+        assert arrival(handles[0]).sequence == 3
+        return save_listed(*arguments, **options)
+
+    monkeypatch.setattr(manager._saver, "save_listed", interrupted)
+    handles.append(save(manager, 2))
+    manager.wait(60, tier="mirror")
+    assert arrival(handles[1]).sequence == 2
+    assert steps(reader) == [1, 2, 3]
+
+
+@only_to_a_directory
+def test_the_same_step_saved_again_while_the_mirror_is_down(make: Make, tmp_path: Path) -> None:
+    """As by a periodic save and the last one: the first is replaced, and no loss."""
+    down = Down(tmp_path)
+    manager = make(mirror=down.path)
+    handles = [save(manager, 1), save(manager, 1)]
+    manager.wait(60)
+    down.up()
+    manager.wait(60, tier="mirror")
+    assert handles[0].mirrored is not None
+    assert handles[0].mirrored.result(60) is None
+    assert arrival(handles[1]).sequence == 2
+
+
+@only_by_processes
+def test_a_slow_callback_of_the_mirror(make: Make) -> None:
+    """Holds up callbacks alone."""
+    ended, begun = threading.Event(), threading.Event()
+
+    def wait(_: object) -> None:
+        begun.set()
+        ended.wait(60)
+
+    manager = make()
+    handle = save(manager, 1)
+    assert handle.mirrored is not None
+    handle.mirrored.add_done_callback(wait)
+    assert begun.wait(60)
+    assert arrival(save(manager, 2)).global_step == 2
+    manager.wait(60, tier="mirror")
+    ended.set()
+
+
+@pytest.mark.parametrize("kind", ["to a directory", "to a directory, by a thread"])
+def test_closing_when_the_newest_cannot_be_copied(
+    make: Make, reader: CheckpointManager, there: tuple[str, dict[str, Any]]
+) -> None:
+    """The others come there all the same."""
+    files = saved_without_mirror(make, 1, 2, 3)
+    (Path(there[0]) / files[-1].name).mkdir(parents=True)
+    manager = make(max_checkpoints=3)
+    manager.unpin(1)  # so that the mirror is started
+    manager.close(60)
+    assert steps(reader) == [1, 2]
+
+
 @only_to_a_directory
 def test_a_save_that_is_skipped_is_not_awaited(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is it one that never came to the mirror."""

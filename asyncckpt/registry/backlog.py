@@ -1,8 +1,9 @@
 """What a mirror lacks of a run, by the two registries and its own retention. Pure: no I/O, no torch.
 
 A mirror is to hold what its policy keeps of all that the two places hold. So what it would delete at once is never
-brought there, and what it has lost is brought again; nothing needs to be remembered across a restart. What is deleted
-there follows from the mirror alone, so that an empty source drives nothing.
+brought there, and what it has lost is brought again; nothing needs to be remembered across a restart. It deletes what
+its policy drops of what is there alone, and would drop of both: so an empty source drives nothing, and what comes out
+of order finds there what it belongs to.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ class Mirrored:
 class Backlog:
     """What a mirror lacks: what is `wanted` there, in the order of the commits, and the numbers of the rest.
 
-    `there` is what it has, and `last` the highest number in either place.
+    `there` is what it has, `kept` are the numbers that its policy keeps of both places, and `last` is the highest one
+    in either.
     """
 
     wanted: tuple[CheckpointInfo, ...] = ()
     unwanted: frozenset[int] = frozenset()
     there: tuple[CheckpointInfo, ...] = ()
+    kept: frozenset[int] = frozenset()
     last: int = 0
 
     @property
@@ -64,8 +67,9 @@ def backlog_of(
     ]
     names = {info.filepath for info in lacking}  # of which the mirror has an earlier one, or none
     both = mirror.with_checkpoints([*(info for info in mirror.checkpoints if info.filepath not in names), *lacking])
-    kept = retained(retention, both.checkpoints) if retention is not None and lacking else None
-    wanted = tuple(info for info in lacking if kept is None or info.sequence in kept)
+    everything = frozenset(info.sequence for info in both.checkpoints if info.sequence is not None)
+    kept = everything if retention is None else retained(retention, both.checkpoints)
+    wanted = tuple(info for info in lacking if info.sequence in kept)
     unwanted = {info.sequence for info in lacking} - {info.sequence for info in wanted}
     last = max([mirror.last_sequence, *(info.sequence or 0 for info in source.checkpoints)])
-    return Backlog(wanted, frozenset(n for n in unwanted if n is not None), mirror.checkpoints, last)
+    return Backlog(wanted, frozenset(n for n in unwanted if n is not None), mirror.checkpoints, kept, last)

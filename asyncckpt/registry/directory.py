@@ -95,6 +95,7 @@ class CheckpointDirectory:
         self.generation = next(_generations)
         self.mirrored: Mirrored | None = None  # how far its mirror is; what that awaits is kept for it
         self.mirror_backlog_bytes = 0  # as long as it is no more than this
+        self.spared: frozenset[int] = frozenset()  # of a mirror: what is kept besides at each commit, by numbers
         self.was_open = False  # for writing, at some time: the run is under way
         self.storage = storage
         self._lock_timeout_secs = lock_timeout_secs
@@ -141,7 +142,8 @@ class CheckpointDirectory:
     @property
     def own_registry(self) -> Registry:
         """The writer's own registry, from memory; raises `CheckpointError` when it is not open for writing."""
-        return self._own_registry().with_damaged(self._damaged)
+        registry = self._own_registry()
+        return registry.with_damaged(self._damaged) if self._damaged else registry
 
     @property
     def known(self) -> Registry | None:
@@ -596,7 +598,7 @@ class CheckpointDirectory:
     def _with(self, info: CheckpointInfo) -> Registry:
         registry = self._own_registry().with_checkpoint(info).with_damaged(self._damaged)
         if self.retention is not None:
-            registry = registry.keeping(self._retained(self.retention, registry.checkpoints))
+            registry = registry.keeping(self._retained(self.retention, registry.checkpoints) | self.spared)
         return registry
 
     def _retained(self, policy: RetentionPolicy, checkpoints: Sequence[CheckpointInfo]) -> frozenset[int]:

@@ -126,18 +126,21 @@ class Registry:
         pin, or is among those `unpinned`.
 
         Pins of its own stay. So do followed ones that the other directory does not list, or lists as found without a
-        registry: it has lost them, and nobody has unpinned them.
+        registry: it has lost them, and nobody has unpinned them. One whose name was saved again there loses its pin.
         """
         infos = list(infos)
         pinned = {_sequence(info) for info in infos if info.pinned}
         left = {_sequence(info) for info in infos if not info.pinned and not info.protected} | set(unpinned) - pinned
-        followed = self.followed_pins - left
+        latest = {info.filepath: _sequence(info) for info in infos}
+        left |= {_sequence(info) for info in self.checkpoints if latest.get(info.filepath, 0) > _sequence(info)}
         there = {_sequence(info) for info in self.checkpoints}
-        registry = replace(self, followed_pins=frozenset(pinned | (followed & there)))
-        for info in self.checkpoints:
-            if _sequence(info) in pinned | (self.followed_pins & left):
-                registry = registry.with_pin(info, is_pinned=_sequence(info) in pinned)
-        return registry
+        changed = {**dict.fromkeys(self.followed_pins & left, False), **dict.fromkeys(pinned, True)}
+        return replace(
+            self.with_checkpoints(
+                replace(info, pinned=changed.get(_sequence(info), info.pinned)) for info in self.checkpoints
+            ),
+            followed_pins=frozenset(pinned | (self.followed_pins & there - left)),
+        )
 
     def deleted(self, pending: Iterable[PendingDelete]) -> Registry:
         """These files are gone, durably."""

@@ -17,6 +17,10 @@ from asyncckpt.registry.directory import CheckpointDirectory, Listing
 from asyncckpt.registry.recovery import describe_file
 
 
+class ReplacedError(CheckpointError):
+    """Another checkpoint of the run has its name by now. Never leaves the package."""
+
+
 class Replica:
     """A directory that follows `source`, to be written by one thread. The source is only read."""
 
@@ -39,11 +43,16 @@ class Replica:
             self._target.expect_run(source.run_id)
             self._target.open_for_writing()
             source = self._source.read().registry  # who wrote to the replica until now has seen later ones
+        if source.run_id != self._target.own_registry.run_id:
+            what = "holds another run's checkpoints" if source.checkpoints else "holds nothing of the run"
+            raise CheckpointError(f"{self._source.path} {what} by now: nothing comes to {self._target.path}")
         self._target.finish_recording()
         self._target.delete_pending()
         self._check_same(source.checkpoints)
         self._target.follow_pins(source.checkpoints, unpinned)
-        return backlog_of(source, self._target.own_registry, self._target.retention, without)
+        backlog = backlog_of(source, self._target.own_registry, self._target.retention, without)
+        self._target.spared = backlog.kept
+        return backlog
 
     def locate(self, info: CheckpointInfo) -> CheckpointInfo:
         """One that the replica has, with the whole path of its file."""
@@ -63,9 +72,9 @@ class Replica:
     def copy(self, info: CheckpointInfo) -> CheckpointInfo | None:
         """Bring one checkpoint to the replica, verified; listed there, and durable, on return. Blocks.
 
-        None if it is gone from the source, or has been replaced there. Raises `CorruptCheckpointError` if it is
-        damaged, `NameTakenError` if another file has its name in the replica, `CheckpointNotFoundError` if it goes just
-        now, and OSError.
+        None if it is gone from the source. Raises `ReplacedError` if a later one has its name there,
+        `CorruptCheckpointError` if it is damaged, `NameTakenError` if another file has its name in the replica,
+        `CheckpointNotFoundError` if it goes just now, and OSError.
         """
         path = self._source.path_of(str(info.filepath))
         return read_anew(path, lambda: self._copy(info, path))
@@ -74,11 +83,14 @@ class Replica:
         name = str(info.filepath)
         storage = self._source.storage
         description = describe_file(storage, path)
-        if description is None or description.info.sequence != info.sequence:
+        run_id = self._target.own_registry.run_id
+        if description is None or description.run_id != run_id:
             return None
+        if description.info.sequence != info.sequence:
+            raise ReplacedError(f"{path} was saved again before it was mirrored")
         with open_checkpoint(storage, path, follow_links=False) as reader:
             plain = replace(info, is_best=False, protected=False, num_bytes=reader.num_bytes)
-            listing = Listing(self._target, plain, self._target.own_registry.run_id)
+            listing = Listing(self._target, plain, run_id)
             replaced = self._target.replaceable(name)
             there = self._target.path_of(name)
             with transferred(self._target.storage, reader, path, there, replaced, _unheard) as upload:

@@ -19,7 +19,8 @@ class SaveHandle(Future[CheckpointInfo]):
     the checkpoint survives power loss. Thread-safe. Callbacks added to it run on the saver's callback thread, never on
     a worker. A save skipped for lack of room is a settled handle with `skipped` true, whose result is None.
     `mirrored` is a second future, of the checkpoint in the manager's mirror, whose result is None if it was not brought
-    there, since the mirror's retention would have deleted it at once. Without a mirror it is None itself.
+    there, since the mirror's retention would have deleted it at once, or it was saved again. Without a mirror, and
+    for a save that never began, it is None itself.
     """
 
     def __init__(self, path: str, run_callback: Callable[[Callable[[], object]], None]) -> None:

@@ -12,7 +12,15 @@ from typing import Any
 
 import msgspec
 
-from asyncckpt.errors import CheckpointError, CheckpointWriteError, CorruptCheckpointError, MissingExtraError
+from asyncckpt.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CheckpointWriteError,
+    CorruptCheckpointError,
+    MissingExtraError,
+    RegistryError,
+    StorageBusyError,
+)
 from asyncckpt.events import EventKind
 from asyncckpt.paths import as_path
 from asyncckpt.records import CheckpointInfo
@@ -303,7 +311,16 @@ class WriterProcessError(Exception):
 
 
 _OWN_KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (CheckpointError, CheckpointWriteError, CorruptCheckpointError, MissingExtraError)
+    kind.__name__: kind
+    for kind in (
+        CheckpointError,
+        CheckpointNotFoundError,
+        CheckpointWriteError,
+        CorruptCheckpointError,
+        MissingExtraError,
+        RegistryError,
+        StorageBusyError,
+    )
 }
 
 
@@ -319,7 +336,8 @@ def describe_error(error: BaseException) -> PlainError:
     text = str(error)
     if isinstance(error, OSError) and not isinstance(error, CheckpointError):
         text = error.strerror or text
-    return PlainError(type(error).__name__, plain_text(text), number, cause)
+    kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _OWN_KINDS]
+    return PlainError(kinds[0] if kinds else type(error).__name__, plain_text(text), number, cause)
 
 
 def rebuild_error(plain: PlainError) -> Exception:

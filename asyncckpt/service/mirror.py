@@ -13,8 +13,9 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 from asyncckpt.errors import CheckpointError
 from asyncckpt.records import CheckpointInfo
@@ -47,6 +48,9 @@ _FIRST_PAUSE_SECS = 1.0  # before a process that has died is replaced
 _MAX_PAUSE_SECS = 60.0
 
 
+RunCallback = Callable[[Callable[[], object]], None]
+
+
 class Mirror:
     """What becomes of a directory's checkpoints in a second place. Thread-safe.
 
@@ -77,17 +81,18 @@ class Mirror:
         retention: RetentionPolicy,
         storages: tuple[Storage, Storage],
         emit: Emit,
+        run_callback: RunCallback,
         exit_timeout_secs: float,
     ) -> Mirror:
         """Copied to by a thread of this process."""
-        standing = Standing(emit)
+        standing = Standing(emit, run_callback)
         replicator = make_replicator(setup, storages, retention, standing, nice=setup.nice)
         return cls(standing, ThreadCopier(replicator, standing), exit_timeout_secs)
 
     @classmethod
-    def in_process(cls, setup: SetupMirror, emit: Emit) -> Mirror:
+    def in_process(cls, setup: SetupMirror, emit: Emit, run_callback: RunCallback) -> Mirror:
         """Copied to by a process of its own. Raises OSError when that can't be started."""
-        standing = Standing(emit)
+        standing = Standing(emit, run_callback)
         return cls(standing, ProcessCopier(setup, standing), 0.0)
 
     @classmethod
@@ -97,13 +102,14 @@ class Mirror:
         retention: RetentionPolicy,
         storages: tuple[Storage, Storage],
         emit: Emit,
+        run_callback: RunCallback,
         *,
         in_process: bool,
         exit_timeout_secs: float,
     ) -> Mirror:
         """Copied to by a process, if it is wanted and can be had; else by a thread, with a word in the log.
 
-        `storages` are those of the source and of the mirror.
+        `storages` are those of the source and of the mirror; `run_callback` runs what users attach to futures.
         """
         if in_process:
             reason = why_not()
@@ -111,29 +117,30 @@ class Mirror:
                 reason = f"the retention policy {retention!r} is code that another process does not have"
             try:
                 if reason is None:
-                    return cls.in_process(setup, emit)
+                    return cls.in_process(setup, emit, run_callback)
             except OSError as error:
                 reason = f"the mirror's process can't be started: {error}"
             log_quietly(logging.WARNING, f"{reason}: a thread copies to the mirror, and does not outlive the trainer")
-        return cls.in_thread(setup, retention, storages, emit, exit_timeout_secs)
+        return cls.in_thread(setup, retention, storages, emit, run_callback, exit_timeout_secs)
 
     @property
     def mirrored(self) -> Mirrored:
-        """How far it has come, as was heard last."""
-        return self._standing.mirrored
+        """How far it has come, as was heard last; what was saved here, and has not arrived, is lacking."""
+        mirrored, awaited = self._standing.mirrored, self._standing.awaited
+        return replace(mirrored, lacking=mirrored.lacking | awaited) if awaited else mirrored
 
     @property
     def problem(self) -> Exception | None:
         """What keeps the mirror behind at the moment."""
         return self._standing.problem
 
-    def expect(self, sequence: int) -> Future[CheckpointInfo | None]:
+    def expect(self, sequence: int, path: str) -> Future[CheckpointInfo | None]:
         """What becomes of a checkpoint that is about to be saved: its place in the mirror, or why it never got there;
         None if it was passed over.
 
         Before it is submitted, since it may be there at once.
         """
-        return self._standing.expect(sequence)
+        return self._standing.expect(sequence, path)
 
     def withdraw(self, sequence: int) -> None:
         """It was not submitted after all."""
@@ -149,17 +156,12 @@ class Mirror:
         """On the thread that settles the save, so it neither blocks nor runs what users have attached to futures."""
         if error is not None:
             self._standing.note_failed(sequence, error)
-        self.poke()
+        self._standing.note_saved(sequence, self.poke())
 
     def unpin(self, sequences: Sequence[int]) -> None:
         """These are not pinned in the directory any more, which may drop them before anybody looks."""
         if sequences and self._is_ours:
             self._copier.unpin(sequences)
-
-    def check_not_in_callback(self, name: str) -> None:
-        """Raise if this is the thread that settles `expect`'s futures, which the method `name` would wait for."""
-        if self._copier.contains_current_thread():
-            raise RuntimeError(f"{name}() inside a callback would wait for itself; hand the work to another thread")
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until nothing is lacking; False on time-out, or when it is left to its process.
@@ -240,12 +242,25 @@ class Mirror:
         self._finalizer.detach()
 
 
+class _Arrival(Future["CheckpointInfo | None"]):
+    """Its callbacks run where the saver's do, and hold up nobody who hears the mirror."""
+
+    def __init__(self, run_callback: RunCallback) -> None:
+        super().__init__()
+        self._run_callback = run_callback
+        self.set_running_or_notify_cancel()
+
+    def add_done_callback(self, fn: Callable[[Future[CheckpointInfo | None]], object]) -> None:
+        super().add_done_callback(lambda future: self._run_callback(lambda: fn(future)))
+
+
 class Standing:
     """How things stand with the mirror, as its replicator tells: what the threads hold that hear it, since they must
     not keep the `Mirror` itself."""
 
-    def __init__(self, emit: Emit) -> None:
+    def __init__(self, emit: Emit, run_callback: RunCallback) -> None:
         self.emit = emit
+        self._run_callback = run_callback
         self.mirrored = Mirrored()
         self.problem: Exception | None = None
         self.numbers = itertools.count(1)  # of pokes; its `next` is one act, whatever signals come
@@ -254,15 +269,28 @@ class Standing:
         self._futures: dict[int, Future[CheckpointInfo | None]] = {}
         self._failures: dict[int, BaseException] = {}  # of local saves, whose futures don't know it yet
         self._losses: list[Exception] = []
+        self._paths: dict[int, str] = {}  # of what is awaited
+        self._saved: dict[int, int] = {}  # which of that is durable here, by the poke that says so
+        self._replaced: set[int] = set()  # which of that was saved again under the same name
 
-    def expect(self, sequence: int) -> Future[CheckpointInfo | None]:
-        future: Future[CheckpointInfo | None] = Future()
-        future.set_running_or_notify_cancel()
-        self._futures[sequence] = future
+    def expect(self, sequence: int, path: str) -> Future[CheckpointInfo | None]:
+        future = _Arrival(self._run_callback)
+        self._replaced.update(earlier for earlier, other in list(self._paths.items()) if other == path)
+        self._futures[sequence], self._paths[sequence] = future, path
         return future
 
     def withdraw(self, sequence: int) -> None:
-        self._futures.pop(sequence, None)
+        self._forget(sequence)
+
+    @property
+    def awaited(self) -> frozenset[int]:
+        """The numbers of what is saved here, or being saved, and has not arrived."""
+        return frozenset(list(self._futures))
+
+    def note_saved(self, sequence: int, poke: int) -> None:
+        """It is durable here, or has failed: who looks after this poke knows."""
+        if sequence in self._futures:
+            self._saved[sequence] = poke
 
     def note_failed(self, sequence: int, error: BaseException) -> None:
         """The local save has failed; somebody else tells its future."""
@@ -297,11 +325,11 @@ class Standing:
     # --- what the replicator tells ---
 
     def copied(self, sequence: int, info: CheckpointInfo) -> None:
-        if (future := self._futures.pop(sequence, None)) is not None:
+        if (future := self._forget(sequence)) is not None:
             future.set_result(info)
 
     def passed_over(self, sequence: int) -> None:
-        if (future := self._futures.pop(sequence, None)) is not None:
+        if (future := self._forget(sequence)) is not None:
             future.set_result(None)
 
     def given_up(self, sequence: int, error: Exception) -> None:
@@ -313,7 +341,9 @@ class Standing:
         self.mirrored, self.problem = mirrored, problem
         for sequence in [sequence for sequence in list(self._futures) if not mirrored.awaits(sequence)]:
             self.tell_failed(sequence)
-            if sequence in self._futures:
+            if sequence in self._replaced:
+                self.passed_over(sequence)
+            elif self._saved.get(sequence, tried + 1) <= tried:  # else it may have come after that look
                 self.given_up(sequence, CheckpointError(f"commit {sequence} was dropped before it was mirrored"))
         self._caught_up_with, self._tried = caught_up_with, tried
 
@@ -323,8 +353,14 @@ class Standing:
             self._fail(sequence, CheckpointError(f"commit {sequence} was not mirrored before the end{self.reason}"))
 
     def _fail(self, sequence: int, error: BaseException) -> None:
-        if (future := self._futures.pop(sequence, None)) is not None:
+        if (future := self._forget(sequence)) is not None:
             future.set_exception(error)
+
+    def _forget(self, sequence: int) -> Future[CheckpointInfo | None] | None:
+        self._paths.pop(sequence, None)
+        self._saved.pop(sequence, None)
+        self._replaced.discard(sequence)
+        return self._futures.pop(sequence, None)
 
 
 class ThreadCopier:
@@ -342,10 +378,6 @@ class ThreadCopier:
 
     def unpin(self, sequences: Sequence[int]) -> None:
         self._replicator.unpin(sequences)
-
-    def contains_current_thread(self) -> bool:
-        """Whether this is the thread that tells what becomes of checkpoints."""
-        return self._replicator.contains_current_thread()
 
     def stop(self, timeout: float) -> None:
         """Bring nothing more, and end."""
@@ -400,10 +432,6 @@ class ProcessCopier:
     def unpin(self, sequences: Sequence[int]) -> None:
         self._unpinned.extend(sequences)
         self._send(Unpin(list(sequences)))
-
-    def contains_current_thread(self) -> bool:
-        """Whether this is the thread that tells what becomes of checkpoints."""
-        return threading.current_thread() is self._thread
 
     @property
     def pid(self) -> int | None:

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from asyncckpt.errors import CheckpointError, CorruptCheckpointError
@@ -22,7 +22,7 @@ from asyncckpt.registry.backlog import Backlog, Mirrored
 from asyncckpt.registry.directory import CheckpointDirectory
 from asyncckpt.registry.files import NameTakenError
 from asyncckpt.registry.mirror_note import NoteWriter
-from asyncckpt.registry.replication import Replica
+from asyncckpt.registry.replication import ReplacedError, Replica
 from asyncckpt.registry.retention import RetentionPolicy
 from asyncckpt.service.messages import SetupMirror
 from asyncckpt.storage.base import Storage
@@ -31,7 +31,6 @@ from asyncckpt.threads import log_quietly, lower_priority
 _FIRST_PAUSE_SECS = 1.0
 _MAX_PAUSE_SECS = 60.0
 _POLL_SECS = 0.02
-_MAX_COPIES = 3  # of one checkpoint: a policy that wants what it drops at once would have it copied for ever
 
 
 class Listener(Protocol):
@@ -43,7 +42,7 @@ class Listener(Protocol):
         """It is in the mirror, durable and listed."""
 
     def passed_over(self, sequence: int) -> None:
-        """It is not brought there, since the mirror's retention would delete it at once."""
+        """It is not brought there: the mirror's retention would delete it at once, or it was saved again since."""
 
     def given_up(self, sequence: int, error: Exception) -> None:
         """It will never be there."""
@@ -80,7 +79,7 @@ class Replicator:
         self._given_up: set[int] = set()
         self._unpinned: set[int] = set()  # and not yet in the mirror
         self._passed_over: frozenset[int] = frozenset()
-        self._num_copies: Counter[int] = Counter()
+        self._num_copied = 0
         self._failures: Counter[int] = Counter()  # of what could not be copied so far
         self._took_newest = False
         self._told: set[int] = set()  # the numbers of what is there
@@ -114,10 +113,6 @@ class Replicator:
         self._is_stopped = True
         self._pokes.put(0)
 
-    def contains_current_thread(self) -> bool:
-        """Whether this is its thread, on which listeners are called."""
-        return threading.current_thread() is self._thread
-
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the thread to end; False on time-out."""
         self._thread.join(timeout)
@@ -127,12 +122,12 @@ class Replicator:
         lower_priority(self._nice)
         pause = 0.0
         while self._await_poke(pause):
-            num_copies = self._num_copies.total()
+            num_copied = self._num_copied
             try:
                 if self._catch_up():
                     pause, self._problem, self._caught_up_with = 0.0, None, self._taken_poke
             except Exception as error:
-                pause = _next_pause(pause if self._num_copies.total() == num_copies else 0.0)
+                pause = _next_pause(pause if self._num_copied == num_copied else 0.0)
                 self._note_problem(error)
             self._tried = self._taken_poke
             self._tell_progress()
@@ -163,26 +158,36 @@ class Replicator:
         """
         backlog = self._look()
         goal = backlog.mirrored.lacking
-        while not goal.isdisjoint(backlog.mirrored.lacking):
+        failed: dict[int, Exception] = {}
+        while wanted := [info for info in backlog.wanted if info.sequence not in failed]:
+            if goal.isdisjoint(info.sequence for info in wanted):
+                break
             if self._is_stopped:
                 return False
-            self._copy(self._choose(backlog))
+            info = self._choose(wanted, backlog.last)
+            try:
+                self._copy(info)
+            except Exception as error:
+                if failed:  # one of them may be to blame, of two it is the mirror
+                    raise
+                failed[info.sequence or 0] = error
             backlog = self._look()
             if not self._failures:
                 self._problem = None
             self._tell_progress()
+        if failed:
+            raise next(iter(failed.values()))
         return True
 
     def _look(self) -> Backlog:
         """What is to be copied now."""
-        copied_in_vain = {sequence for sequence, number in self._num_copies.items() if number >= _MAX_COPIES}
         unpinned = frozenset(self._unpinned)
-        backlog = self._replica.look(self._given_up | copied_in_vain, unpinned)
+        backlog = self._replica.look(self._given_up, unpinned)
         if backlog.there:
             self._unpinned.difference_update(unpinned)
         for info in backlog.there:  # also what another process has brought; what failed may have arrived all the same
             if info.sequence is not None and info.sequence not in self._told:
-                self._tell_copied(info.sequence, self._replica.locate(info))
+                self._tell_copied(info.sequence, self._replica.locate(info), is_ours=info.sequence in self._failures)
         for sequence in sorted(backlog.unwanted - self._passed_over):
             self._listener.passed_over(sequence)
         self._passed_over = backlog.unwanted
@@ -191,12 +196,12 @@ class Replicator:
             del self._failures[sequence]
         return backlog
 
-    def _choose(self, backlog: Backlog) -> CheckpointInfo:
+    def _choose(self, wanted: Sequence[CheckpointInfo], last: int) -> CheckpointInfo:
         """The newest of the run, which the loss of this machine would cost; but never twice in a row, and else the
         oldest, which is to be deleted soonest. What could not be copied goes last, and holds up nothing else."""
-        fewest = min(self._failures[info.sequence or 0] for info in backlog.wanted)
-        promising = [info for info in backlog.wanted if self._failures[info.sequence or 0] == fewest]
-        is_newest_lacking = promising[-1].sequence == backlog.last
+        fewest = min(self._failures[info.sequence or 0] for info in wanted)
+        promising = [info for info in wanted if self._failures[info.sequence or 0] == fewest]
+        is_newest_lacking = promising[-1].sequence == last
         self._took_newest = is_newest_lacking and not self._took_newest
         return promising[-1 if self._took_newest else 0]
 
@@ -206,13 +211,16 @@ class Replicator:
             copied = self._replica.copy(info)
         except (CorruptCheckpointError, NameTakenError) as error:
             self._give_up(info.sequence, error)
+        except ReplacedError:
+            self._given_up.add(info.sequence)
+            self._listener.passed_over(info.sequence)
         except Exception:
             self._failures[info.sequence] += 1
             raise
         else:
             if copied is not None:
-                self._num_copies[info.sequence] += 1
-                self._tell_copied(info.sequence, copied)
+                self._num_copied += 1
+                self._tell_copied(info.sequence, copied, is_ours=True)
             else:
                 self._give_up(info.sequence, CheckpointError(f"{info.filepath} was deleted before it was mirrored"))
 
@@ -220,10 +228,10 @@ class Replicator:
         self._given_up.add(sequence)
         self._listener.given_up(sequence, error)
 
-    def _tell_copied(self, sequence: int, info: CheckpointInfo) -> None:
+    def _tell_copied(self, sequence: int, info: CheckpointInfo, *, is_ours: bool) -> None:
         self._told.add(sequence)
         self._listener.copied(sequence, info)
-        if self._num_copies[sequence] or self._failures[sequence]:
+        if is_ours:
             self._listener.emit("mirrored", str(info.filepath), "")
 
     def _note_problem(self, error: Exception) -> None:

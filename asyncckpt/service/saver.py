@@ -120,6 +120,7 @@ class AsyncCheckpointSaver:
         self.writer = writer
         self._switching = threading.RLock()  # guards the next; reentrant, since signal handlers may save
         self._is_switching = False  # to the writer process
+        self._may_switch = writer == "auto"
         self._has_told_of_threads = False
         self._is_left = False  # to the writer process
         self._memory_limit = memory_limit
@@ -128,6 +129,7 @@ class AsyncCheckpointSaver:
         self.storage = storage = Places(storage_options, journals_directory())
         self._callbacks = Callbacks(on_success, on_failure, on_event)
         self.emit = self._callbacks.emit
+        self.run_callback = self._callbacks.thread.put
         self._ledger = Ledger(max_consecutive_failures)
         self._admission = Admission(max_in_flight, when_full)
         self._setup = Setup(
@@ -277,9 +279,9 @@ class AsyncCheckpointSaver:
         Blocks until the saves in flight are done. False where no process can be had, or with `writer="thread"`.
         """
         self.check_usable()
-        if self.writer == "auto" and isinstance(self._queue, SaveQueue):
+        if self._may_switch and isinstance(self._queue, SaveQueue):
             with self._switching:
-                if isinstance(self._queue, SaveQueue) and not self._is_switching:
+                if self._may_switch and isinstance(self._queue, SaveQueue) and not self._is_switching:
                     self._is_switching = True
                     try:
                         self._switch_to_process(self._queue)
@@ -290,6 +292,7 @@ class AsyncCheckpointSaver:
     def _switch_to_process(self, threads: SaveQueue) -> None:
         self.wait_idle()
         queue = in_process(threads, self._setup, self.emit)
+        self._may_switch = queue is not threads  # where there can be none, nobody waits for it again
         is_switched = False
         while not is_switched:
             self.wait_idle()  # for what came meanwhile: threads and process never write at the same time

@@ -104,13 +104,15 @@ def test_in_any_order(policies: list[RetentionPolicy], history: list[CheckpointI
     mirror = registry([])
     num_copies = 0
     while True:
-        wanted = backlog_of(registry(history[:num_seen]), mirror, policy).wanted
+        backlog = backlog_of(registry(history[:num_seen]), mirror, policy)
+        wanted = backlog.wanted
         if not wanted and num_seen == len(history):
             break
         if data.draw(st.booleans()) and wanted:
             chosen: CheckpointInfo = data.draw(st.sampled_from(wanted))
             mirror = mirror.with_checkpoint(chosen)
-            mirror = mirror.keeping(retained(policy, mirror.checkpoints))
+            mirror = mirror.keeping(retained(policy, mirror.checkpoints) | backlog.kept)
+            assert chosen.sequence in [info.sequence for info in mirror.checkpoints]
             num_copies += 1
             assert num_copies < _MAX_COPIES
         num_seen = min(num_seen + 1, len(history))

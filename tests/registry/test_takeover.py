@@ -371,6 +371,39 @@ class TestReplica:
         assert self.catch_up(replica) == [1]
         assert [info.global_step for info in target.own_registry.checkpoints] == [1, 2]
 
+    @pytest.mark.parametrize("swapped", ["another run's", "empty"])
+    def test_the_source_is_swapped(
+        self, source: Writer, target: CheckpointDirectory, swapped: str, tmp_path: Path
+    ) -> None:
+        """Under the replica, which brings nothing of another run there, and does not say that all is there."""
+        replica = Replica(source.directory, target)
+        source.save(1)
+        self.catch_up(replica)
+        source.save(2)
+        (left,) = replica.look().wanted
+        Path(source.directory.path).rename(tmp_path / "moved")
+        if swapped != "empty":
+            other = Writer(LocalStorage(), str(tmp_path / "other"), tmp_path / "scratch")
+            for step in (1, 2, 3):
+                other.save(step)
+            other.close()
+            (tmp_path / "other").rename(source.directory.path)
+        with pytest.raises(CheckpointError, match="holds another run's" if swapped != "empty" else "holds nothing of"):
+            replica.look()
+        assert replica.copy(left) is None
+        assert [info.global_step for info in target.own_registry.checkpoints] == [1]
+
+    def test_a_pinned_one_that_was_saved_again(self, source: Writer, target: CheckpointDirectory) -> None:
+        """Once it was unpinned, while no replica looked: the later one takes its place there too."""
+        replica = Replica(source.directory, target)
+        source.save(1)
+        source.directory.pin(1)
+        self.catch_up(replica)
+        source.directory.unpin(1)
+        source.save(1, value=-1.0)
+        assert self.catch_up(Replica(source.directory, target)) == [1]
+        assert [(info.sequence, info.pinned) for info in target.own_registry.checkpoints] == [(2, False)]
+
     @pytest.mark.parametrize("step", [2, 20], ids=["the same step", "another step"])
     def test_another_trainers_numbers(
         self, source: Writer, target: CheckpointDirectory, step: int, tmp_path: Path

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from asyncckpt import AsyncCheckpointSaver
+from asyncckpt.service import queues
 from asyncckpt.service.process_queue import ProcessQueue
 from service.disk import wait_for
 from service.test_saver import disk_held
@@ -69,6 +70,19 @@ def test_a_signal_handler_asks_while_it_is_taken(saver: AsyncCheckpointSaver, tm
         signal.signal(signal.SIGUSR1, before)
     handles.append(saver.save({}, tmp_path / "c.pt"))
     assert [Path(handle.result(60).filepath).name for handle in handles] == ["a.pt", "b.pt", "c.pt"]
+
+
+def test_where_there_can_be_no_process(
+    saver: AsyncCheckpointSaver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said once, and saves in flight are waited for once."""
+    monkeypatch.setattr(queues, "why_not", lambda: "there are no processes here")
+    with pytest.warns(UserWarning, match="there are no processes here"):
+        assert not saver.use_writer_process()
+    with disk_held():
+        handle = saver.save({}, tmp_path / "a.pt")
+        assert not saver.use_writer_process()
+        assert not handle.done()
 
 
 def test_refused_options_leave_no_thread() -> None:
