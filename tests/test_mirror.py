@@ -924,19 +924,23 @@ def test_a_signal_handler_saves_in_the_middle_of_a_save(
     save(manager, 1)
     manager.wait(60, tier="mirror")
     save_listed = manager._saver.save_listed
+    assert manager._mirror is not None
+    mirror = manager._mirror.running()
     handles: list[asyncckpt.SaveHandle] = []
 
     def interrupted(*arguments: Any, **options: Any) -> asyncckpt.SaveHandle:
         monkeypatch.setattr(manager._saver, "save_listed", save_listed)
-        handles.append(save(manager, 3))
-        assert arrival(handles[0]).sequence == 3
+        for step in (3, 4):
+            handles.append(save(manager, step))
+            assert arrival(handles[-1]).sequence == step
+            assert mirror.wait(60)
         return save_listed(*arguments, **options)
 
     monkeypatch.setattr(manager._saver, "save_listed", interrupted)
     handles.append(save(manager, 2))
     manager.wait(60, tier="mirror")
-    assert arrival(handles[1]).sequence == 2
-    assert steps(reader) == [1, 2, 3]
+    assert arrival(handles[-1]).sequence == 2
+    assert steps(reader) == [1, 2, 3, 4]
 
 
 @only_to_a_directory
