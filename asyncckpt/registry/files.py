@@ -50,16 +50,12 @@ class CheckpointFiles:
 
     def check_ours(self, path: str, run_id: str) -> None:
         """Raise `NameTakenError` if there is a file that is not this run's. Blocks; raises OSError."""
-        try:
-            with self._storage.open(path):
-                pass
-        except FileNotFoundError:
-            return
         with contextlib.suppress(CorruptCheckpointError):
             description = describe_file(self._storage, path)
             if description is not None and description.run_id == run_id:
                 return
-        raise NameTakenError(f"{path} is another file, not of this run: it is not overwritten; move it away")
+        if os.path.basename(path) in self._storage.list_names(self._path):
+            raise NameTakenError(f"{path} is another file, not of this run: it is not overwritten; move it away")
 
     def check_link(self, run_id: str) -> None:
         """Raise `NameTakenError` if `best_model.pt` is somebody else's; a damaged checkpoint is not. Blocks."""
