@@ -5,6 +5,7 @@ crash has left; deleting. No torch.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -50,12 +51,19 @@ class CheckpointFiles:
 
     def check_ours(self, path: str, run_id: str) -> None:
         """Raise `NameTakenError` if there is a file that is not this run's. Blocks; raises OSError."""
+        try:
+            with self._storage.open(path, follow_links=False):
+                pass
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno != errno.ELOOP:  # else it is a link, and nobody's business where that leads
+                raise
         with contextlib.suppress(CorruptCheckpointError):
             description = describe_file(self._storage, path)
             if description is not None and description.run_id == run_id:
                 return
-        if os.path.basename(path) in self._storage.list_names(self._path):
-            raise NameTakenError(f"{path} is another file, not of this run: it is not overwritten; move it away")
+        raise NameTakenError(f"{path} is another file, not of this run: it is not overwritten; move it away")
 
     def check_link(self, run_id: str) -> None:
         """Raise `NameTakenError` if `best_model.pt` is somebody else's; a damaged checkpoint is not. Blocks."""
