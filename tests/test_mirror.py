@@ -478,7 +478,7 @@ def test_a_mirror_that_is_down_holds_up_nothing(make: Make, tmp_path: Path, capl
     assert steps(manager) == [1, 2, 3, 4, 5]
     with pytest.raises(WaitTimeoutError, match=r"mirror does not have everything yet: .*[Nn]ot a directory"):
         manager.wait(0.2, tier="mirror")
-    wait_for(lambda: "the mirror does not take anything at the moment" in caplog.text)
+    wait_for(lambda: "the mirror does not take everything at the moment" in caplog.text)
     down.up()
     manager.wait(60, tier="mirror")
     with CheckpointManager(down.path) as reader:

@@ -32,9 +32,9 @@ class Replica:
         """What is to be copied, but for the numbers in `without`; nothing, as long as there is no run to follow.
 
         Opens the replica for writing, pins there what is pinned in the source, and unpins what was `unpinned` there
-        (though it be listed no more). Blocks. Raises as
-        `CheckpointDirectory.read` and `open_for_writing` do: a directory of another run is left alone, and so is one
-        that has other checkpoints of this run under the same numbers (`CheckpointError`).
+        (though it be listed no more). Blocks. Raises as `CheckpointDirectory.read` and `open_for_writing` do: a
+        directory of another run is left alone, and so is one that has other checkpoints of this run under the same
+        numbers (`CheckpointError`), or whose source has become another run's, or holds nothing any more.
         """
         source = self._source.read().registry
         if not self._target.is_open:

@@ -240,7 +240,7 @@ class Replicator:
             error = CheckpointError(f"{type(cause).__name__}: {cause}")
             error.__cause__ = cause
         if str(error) != str(self._problem):
-            log_quietly(logging.WARNING, f"the mirror does not take anything at the moment: {error}; tried again")
+            log_quietly(logging.WARNING, f"the mirror does not take everything at the moment: {error}; tried again")
             self._listener.emit("mirror_failed", "", str(error))
         self._problem = error
 

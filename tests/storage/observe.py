@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from asyncckpt.naming import is_temporary_name
@@ -19,15 +19,23 @@ def temporaries(directory: Path) -> list[Path]:
     return [path for path in directory.iterdir() if is_temporary_name(path.name)]
 
 
-def num_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+def descriptors() -> set[tuple[str, str]]:
+    """The numbers of this process's descriptors, with what they are open on."""
+    found = set[tuple[str, str]]()
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the one that has listed them
+            found.add((number, os.readlink(f"/proc/self/fd/{number}")))
+    return found
 
 
 @contextmanager
 def no_descriptor_leaks() -> Iterator[None]:
-    before = num_descriptors()
+    """Nothing is left open, and nothing closed that was open before, but for what a server has hung up meanwhile."""
+    before = descriptors()
     yield
-    assert num_descriptors() == before
+    after = descriptors()
+    assert not after - before
+    assert not {(number, link) for number, link in before - after if not link.startswith("socket:")}
 
 
 def open_in_forked_child(directory: Path) -> list[str]:

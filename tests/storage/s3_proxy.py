@@ -223,7 +223,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def s3_proxy(behind: S3Server) -> Iterator[S3Proxy]:
-    """A proxy on a port of its own, until the end of the block."""
+def s3_proxy(behind: S3Server, bucket: str = "") -> Iterator[S3Proxy]:
+    """A proxy on a port of its own, until the end of the block; the bucket is made, if it is not there."""
+    client = behind.client()
+    if bucket and not client.exists(bucket):
+        client.mkdir(bucket)
     with S3Proxy(behind).running() as proxy:
         yield proxy

@@ -47,10 +47,7 @@ def closed_port() -> int:
 
 @pytest.fixture(scope="module")
 def proxy(server: S3Server) -> Iterator[S3Proxy]:
-    client = server.client()
-    if not client.exists(BUCKET):
-        client.mkdir(BUCKET)
-    with s3_proxy(server) as proxy:
+    with s3_proxy(server, BUCKET) as proxy:
         yield proxy
 
 

@@ -36,10 +36,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def proxy(server: S3Server) -> Iterator[S3Proxy]:
-    client = server.client()
-    if not client.exists(BUCKET):
-        client.mkdir(BUCKET)
-    with s3_proxy(server) as proxy:
+    with s3_proxy(server, BUCKET) as proxy:
         yield proxy
 
 
