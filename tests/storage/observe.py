@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,12 +20,13 @@ def temporaries(directory: Path) -> list[Path]:
     return [path for path in directory.iterdir() if is_temporary_name(path.name)]
 
 
-def descriptors() -> set[tuple[str, str]]:
-    """The numbers of this process's descriptors, with what they are open on."""
-    found = set[tuple[str, str]]()
-    for number in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):  # the one that has listed them
-            found.add((number, os.readlink(f"/proc/self/fd/{number}")))
+def descriptors() -> dict[tuple[int, int, int], bool]:
+    """This process's descriptors, each with the file that it is open on, under whatever name; and which are sockets."""
+    found: dict[tuple[int, int, int], bool] = {}
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):  # the one that has listed them
+            status = os.fstat(number)
+            found[number, status.st_dev, status.st_ino] = stat.S_ISSOCK(status.st_mode)
     return found
 
 
@@ -34,8 +36,8 @@ def no_descriptor_leaks() -> Iterator[None]:
     before = descriptors()
     yield
     after = descriptors()
-    assert not after - before
-    assert not {(number, link) for number, link in before - after if not link.startswith("socket:")}
+    assert not after.keys() - before.keys()
+    assert all(before[gone] for gone in before.keys() - after.keys())
 
 
 def open_in_forked_child(directory: Path) -> list[str]:
