@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import traceback
 from collections.abc import Iterator
 
 from asyncckpt.storage.base import ConflictError
@@ -26,7 +27,20 @@ def explained(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        release_frames(error)
         raise _meaning(error, path) from error
+
+
+def release_frames(error: BaseException) -> None:
+    """Let go what the calls that have failed held.
+
+    Clients keep errors in locals (fsspec's `sync`, tenacity, asyncio's tasks do), and an error knows the call that
+    keeps it: such a circle keeps all that have called until Python looks for circles, a manager with its mirror too.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        traceback.clear_frames(found.__traceback__)
+        found = found.__cause__ or found.__context__
 
 
 def _meaning(error: Exception, path: str) -> OSError:

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from asyncckpt.errors import CheckpointError, MissingExtraError
 from asyncckpt.naming import printable
 from asyncckpt.storage.base import ConflictError
+from asyncckpt.storage.fsspec_errors import release_frames
 from asyncckpt.storage.options import s3_options, unusable
 
 if TYPE_CHECKING:
@@ -166,6 +167,7 @@ class S3Requests:
         try:
             answer: Answer = retrying(self._send_once, operation, bucket, num_bytes, arguments)
         except OSError as error:
+            release_frames(error)
             error.filename = f"s3://{bucket}/{arguments.get('Key', arguments.get('Prefix', ''))}"
             if isinstance(error, FileNotFoundError):
                 self._check_bucket(bucket, error.filename)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import importlib
 import json
 import mmap
@@ -16,10 +17,11 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -392,6 +394,24 @@ class StorageConformance(ABC):
         """As opening nothing."""
         with pytest.raises(FileNotFoundError):
             storage.read(f"{place}/{name}", 1000)
+
+    def test_what_fails_keeps_nobody(self, storage: Storage, place: str) -> None:
+        """Who has asked is gone at once, not only when Python looks for circles."""
+
+        class Asker:
+            def ask(self) -> None:
+                with suppress(FileNotFoundError):
+                    storage.read(f"{place}/missing", 1000)
+
+        gc.disable()
+        try:
+            asker = Asker()
+            asker.ask()
+            known = weakref.ref(asker)
+            del asker
+            assert known() is None
+        finally:
+            gc.enable()
 
     @pytest.mark.parametrize("content", [b"", b"1", make_content(100_001)], ids=len)
     @pytest.mark.parametrize("old", [None, b"old"])
