@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import os
-import traceback
 from collections.abc import Iterator
 
 from asyncckpt.storage.base import ConflictError
@@ -34,12 +34,21 @@ def explained(path: str) -> Iterator[None]:
 def release_frames(error: BaseException) -> None:
     """Let go what the calls that have failed held.
 
-    Clients keep errors in locals (fsspec's `sync`, tenacity, asyncio's tasks do), and an error knows the call that
-    keeps it: such a circle keeps all that have called until Python looks for circles, a manager with its mirror too.
+    Clients keep errors in locals (fsspec's `sync`, tenacity, retries do), and an error knows the calls that it came
+    through: such a circle keeps all who have called until Python looks for circles, a manager with its mirror too. What
+    failed on the loop's thread knows nobody here once the way from there to here is cut off; of what failed here the
+    locals go. Those of coroutines stay: one may have caught the same error, and be at its next try.
     """
     found: BaseException | None = error
     while found is not None:
-        traceback.clear_frames(found.__traceback__)
+        entry = found.__traceback__
+        while entry is not None and not entry.tb_frame.f_code.co_flags & inspect.CO_COROUTINE:
+            if not entry.tb_frame.f_code.co_flags & inspect.CO_GENERATOR:
+                with contextlib.suppress(RuntimeError):  # still running
+                    entry.tb_frame.clear()
+            entry = entry.tb_next
+        if entry is not None:
+            found.__traceback__ = entry
         found = found.__cause__ or found.__context__
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 
 import pytest
 
 from asyncckpt.storage.base import ConflictError
-from asyncckpt.storage.fsspec_errors import explained
+from asyncckpt.storage.fsspec_errors import explained, release_frames
 
 
 class HttpError(Exception):
@@ -62,3 +63,30 @@ def test_what_is_no_error() -> None:
     """An interrupt goes through as it is."""
     with pytest.raises(KeyboardInterrupt), explained("gs://bucket/run"):
         raise KeyboardInterrupt
+
+
+def test_one_error_for_two_requests() -> None:
+    """As when aiohttp looks a name up for both: what the one gives up, the other may be trying again."""
+    error = OSError("no such host")
+
+    async def look_up() -> None:
+        raise error
+
+    async def ask_twice(again: asyncio.Event) -> str:
+        try:
+            await look_up()
+        except OSError:
+            await again.wait()
+        return "answer"
+
+    async def both() -> str:
+        again = asyncio.Event()
+        patient = asyncio.ensure_future(ask_twice(again))
+        await asyncio.sleep(0)
+        with pytest.raises(OSError, match="no such host"):
+            await look_up()
+        release_frames(error)
+        again.set()
+        return await patient
+
+    assert asyncio.run(both()) == "answer"
