@@ -232,6 +232,8 @@ def _read_metadata(reader: Reader, archive: Archive) -> Mapping[str, object] | N
     header = _LOCAL_HEADER.unpack(_read(reader, entry.header_offset, _LOCAL_HEADER.size, f"record {entry.name}"))
     offset = entry.header_offset + _LOCAL_HEADER.size + header[9] + header[10]
     content = _read(reader, offset, entry.num_bytes, f"record {entry.name}")
+    if crc32(content) != entry.crc:  # it may say what is plausible, and false
+        raise CorruptCheckpointError(f"record {entry.name} does not match its checksum")
     try:
         return msgspec.json.decode(content, type=dict[str, object])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -66,19 +66,21 @@ class CheckpointFiles:
         raise NameTakenError(f"{path} is another file, not of this run: it is not overwritten; move it away")
 
     def check_link(self, run_id: str) -> None:
-        """Raise `NameTakenError` if `best_model.pt` is somebody else's; a damaged checkpoint is not. Blocks."""
+        """Raise `NameTakenError` if `best_model.pt` is somebody else's; a damaged checkpoint is not. Blocks, and reads all
+        of what does not say that it is ours."""
         try:
             self.check_ours(self.path_of(BEST_NAME), run_id)
         except NameTakenError:
-            if not (self._is_damaged(BEST_NAME) and self._looks_like_a_checkpoint(BEST_NAME)):
+            if not self._is_damaged_checkpoint(BEST_NAME):
                 raise
 
-    def _is_damaged(self, name: str) -> bool:
+    def _is_damaged_checkpoint(self, name: str) -> bool:
         try:
-            describe_file(self._storage, self.path_of(name))
-        except CorruptCheckpointError:
-            return True
-        return False
+            return self._looks_like_a_checkpoint(name) and bool(self.problem(name))
+        except OSError as error:
+            if error.errno == errno.ELOOP:  # a link
+                return False
+            raise
 
     def problem(self, name: str) -> str:
         """What is wrong with a file; "" when it is whole. Reads all of it; raises OSError when it can't."""

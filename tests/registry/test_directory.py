@@ -789,6 +789,19 @@ def test_a_torn_best_link_is_renewed(run: Run) -> None:
     run.assert_in_order()
 
 
+def test_a_best_link_with_one_bad_bit_is_still_the_runs(run: Run) -> None:
+    """Wherever that is: also where the file says whose it is. The next best one replaces it, if no restart does."""
+    run.save(1, 0.5)
+    link = run.path / BEST_NAME
+    whole = link.read_bytes()
+    for at in range(0, len(whole), 5):
+        link.unlink()
+        link.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        run.restart()
+    run.save(2, 0.4)
+    run.assert_in_order()
+
+
 @pytest.mark.parametrize("kind", ["directory", "link", "pipe"])
 def test_a_name_that_is_taken_by_something_else(run: Run, tmp_path: Path, kind: str) -> None:
     """It stays, and the checkpoint gets another name."""
