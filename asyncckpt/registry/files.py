@@ -66,8 +66,10 @@ class CheckpointFiles:
         raise NameTakenError(f"{path} is another file, not of this run: it is not overwritten; move it away")
 
     def check_link(self, run_id: str) -> None:
-        """Raise `NameTakenError` if `best_model.pt` is somebody else's; a damaged checkpoint is not. Blocks, and reads all
-        of what does not say that it is ours."""
+        """Raise `NameTakenError` if `best_model.pt` is somebody else's; a damaged checkpoint is not.
+
+        Blocks, and reads all of a file that does not say that it is ours.
+        """
         try:
             self.check_ours(self.path_of(BEST_NAME), run_id)
         except NameTakenError:
