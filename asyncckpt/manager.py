@@ -37,7 +37,7 @@ from asyncckpt.registry.directory import CheckpointDirectory, Listing
 from asyncckpt.registry.retention import KeepLast, RetentionPolicy
 from asyncckpt.resume import Resume, Target, check_names
 from asyncckpt.service.handle import SaveHandle
-from asyncckpt.service.saver import AsyncCheckpointSaver
+from asyncckpt.service.saver import AsyncCheckpointSaver, close_after
 from asyncckpt.state.capture import as_float, as_int, create_checkpoint, unwrap
 from asyncckpt.state.rng import capture_rng_states
 from asyncckpt.state.stateful import capture_stateful
@@ -557,9 +557,11 @@ class CheckpointManager:
     def unpin(self, step: int) -> list[CheckpointInfo]:
         """Leave the checkpoints of a step to retention again; those that were pinned. As `pin`."""
         step = as_int("step", step)
-        return self._on_directory(lambda: self._directory.unpin(step), "unpin")
+        return self._on_directory(lambda: self._directory.unpin(step), "unpin", unpins=True)
 
-    def _on_directory(self, change: Callable[[], list[CheckpointInfo]], name: str) -> list[CheckpointInfo]:
+    def _on_directory(
+        self, change: Callable[[], list[CheckpointInfo]], name: str, *, unpins: bool = False
+    ) -> list[CheckpointInfo]:
         """Open the directory for writing, and change it where saves are written, after those that were submitted."""
         if not Ranks().is_first:
             return []
@@ -569,7 +571,8 @@ class CheckpointManager:
             mirror = self._mirror.running() if self._mirror is not None else None
         changed = self._saver.run_on_worker(change, name, str(self.checkpoint_dir))
         if mirror is not None:
-            mirror.unpin([info.sequence for info in changed if info.sequence is not None and not info.pinned])
+            if unpins:
+                mirror.unpin([info.sequence for info in changed if info.sequence is not None])
             mirror.poke()
         return [self._directory.locate(info) for info in changed]
 
@@ -625,14 +628,13 @@ class CheckpointManager:
         self._saver.check_not_in_callback("close")
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
-            self._saver.close(timeout)
+            self._saver.close(timeout, before_end=lambda: self._close_mirror(deadline))
         finally:
-            self._close_mirror(deadline)
             self._give_back(deadline)
 
     def _close_mirror(self, deadline: float | None) -> None:
         if self._mirror is not None:
-            self._mirror.close(deadline)
+            self._mirror.close(deadline, self._saver.call_when_idle)
 
     def _give_back(self, deadline: float | None) -> None:
         """Let the next writer in, once nothing is in flight; not on this thread, which a dead storage must not hold."""
@@ -655,12 +657,7 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        deadline = time.monotonic() + self._saver.exit_timeout_secs
-        try:
-            self._saver.__exit__(kind, error, traceback)
-        finally:
-            self._close_mirror(deadline)
-            self._give_back(None)
+        close_after(error, lambda: self.close(self._saver.exit_timeout_secs))
 
 
 def _check_policy(name: str, policy: RetentionPolicy | None) -> None:

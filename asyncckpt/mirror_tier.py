@@ -24,6 +24,7 @@ from asyncckpt.service.messages import SetupMirror
 from asyncckpt.service.mirror import Mirror, RunCallback
 from asyncckpt.service.queue import Emit
 from asyncckpt.storage.bounded import BoundedStorage, NoAnswerError
+from asyncckpt.storage.journal import journals_directory
 from asyncckpt.storage.places import full_path
 from asyncckpt.threads import log_quietly
 
@@ -128,7 +129,7 @@ class MirrorTier:
             nice=options.nice,
             source_options=here.plain_options,
             target_options=there.plain_options,
-            journals=self._source.path_of(JOURNALS_NAME),
+            journals=journals_directory() if scheme_of(self._source.path) else self._source.path_of(JOURNALS_NAME),
         )
         return Mirror.start(
             setup,
@@ -157,10 +158,11 @@ class MirrorTier:
         if self._mirror is not None:
             self._mirror.leave()
 
-    def close(self, deadline: float | None) -> None:
-        """What it does not take now is left to the next run."""
+    def close(self, deadline: float | None, call_when_idle: Callable[[Callable[[], None]], object]) -> None:
+        """What it does not take now is left to its process, once nothing is being saved, or to the next run."""
         if self._mirror is not None:
-            self._mirror.close(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+            self._mirror.close(timeout, call_when_idle)
 
 
 def mirror_place(mirror: str | os.PathLike[str], directory: str) -> str:

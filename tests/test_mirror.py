@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from service.disk import wait_for
+from service.test_saver import disk_held
 from storage.s3_server import BUCKET, S3Server
 from torch import nn
 
@@ -34,9 +35,9 @@ from asyncckpt.registry.mirror_note import NoteWriter, read_note
 from asyncckpt.registry.recovery import Survey
 from asyncckpt.registry.replication import Replica
 from asyncckpt.registry.retention import RetentionPolicy
+from asyncckpt.service import messages, replicator
 from asyncckpt.service import mirror as mirror_service
-from asyncckpt.service import replicator
-from asyncckpt.service.mirror import ProcessCopier
+from asyncckpt.service.mirror import ProcessCopier, ThreadCopier
 from asyncckpt.service.options import WriterKind
 from asyncckpt.service.writer_process import WriterProcess
 from asyncckpt.storage.places import Places
@@ -1200,6 +1201,106 @@ def test_there_is_no_time_to_close(make: Make, reader: CheckpointManager) -> Non
     wait_for(lambda: not os.path.exists(f"/proc/{pid}"))
 
 
+@pytest.mark.parametrize("kind", ["to a directory", "to a directory, by a thread"])
+def test_what_becomes_durable_after_closing(
+    make: Make, reader: CheckpointManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There was no time to wait for the disk: it still comes to the mirror, since nobody is let go before."""
+    manager = make()
+    save(manager, 1)
+    manager.wait(60, tier="mirror")
+    assert manager._mirror is not None
+    copier = manager._mirror.running()._copier
+    with disk_held() as gate:
+        handle = save(manager, 2)
+        with pytest.raises(WaitTimeoutError):
+            manager.close(0.1)
+        if isinstance(copier, ThreadCopier):
+            assert not copier._replicator.join(1)
+        gate.set()
+        handle.result(60)
+    wait_for(lambda: steps(reader) == [1, 2])
+    if isinstance(copier, ProcessCopier) and copier.pid is not None:
+        os.kill(copier.pid, signal.SIGKILL)  # it would wait for the end of this process for some seconds
+
+
+@pytest.mark.parametrize("kind", ["to a directory", "to a directory, by a thread"])
+def test_waiting_after_the_end(make: Make, tmp_path: Path) -> None:
+    """Nothing is lacking; or nothing more will come."""
+    manager = make()
+    save(manager, 1)
+    manager.close(60)
+    manager.wait(60, tier="mirror")
+    down = Down(tmp_path)
+    manager = make(tmp_path / "other", mirror=down.path)
+    save(manager, 1)
+    manager.close(60)
+    with pytest.raises(WaitTimeoutError, match="does not have everything yet"):
+        manager.wait(60, tier="mirror")
+
+
+@pytest.mark.parametrize("kind", ["to a directory", "to a directory, by a thread"])
+def test_a_callback_that_waits_for_the_mirror(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the manager is being closed it is told that it would wait for itself."""
+    told, closing, close = list[Exception](), threading.Event(), mirror_service.Mirror.close
+
+    def note_closing(mirror: mirror_service.Mirror, *arguments: Any) -> bool:
+        closing.set()
+        return close(mirror, *arguments)
+
+    def wait(_: object) -> None:
+        try:
+            manager.wait(10, tier="mirror")
+        except Exception as error:
+            told.append(error)
+
+    copied = mirror_service.Standing.copied
+
+    def hear_late(*arguments: Any) -> None:
+        assert closing.wait(60)
+        copied(*arguments)
+
+    monkeypatch.setattr(mirror_service.Mirror, "close", note_closing)
+    monkeypatch.setattr(mirror_service.Standing, "copied", hear_late)
+    manager = make()
+    handle = save(manager, 1)
+    assert handle.mirrored is not None
+    handle.mirrored.add_done_callback(wait)
+    manager.close(60)
+    assert [type(error) for error in told] == [RuntimeError]
+
+
+@pytest.mark.parametrize("kind", ["to S3"])
+def test_from_one_bucket_to_another(there: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    """In parts, as what is larger than one."""
+    place, options = there
+    model = nn.Linear(2300, 2300)
+    with CheckpointManager(f"{place}-source", mirror=place, save_rng=False, **options) as manager:
+        manager.save(model, None, 1, 1)
+        manager.wait(120, tier="mirror")
+    with CheckpointManager(place, **options) as reader:
+        assert all(report.ok for report in reader.verify())
+        assert steps(reader) == [1]
+
+
+@pytest.mark.parametrize("kind", ["to a directory", "to a directory, by a thread"])
+def test_somebody_elses_best_link_there(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
+    """Nothing is lost: it is said, and once the file is moved away all is as it should be."""
+    link = tmp_path / "there" / "best_model.pt"
+    link.parent.mkdir()
+    torch.save({}, link)
+    problems = threading.Event()
+    manager = make(on_event=when_copying_fails(problems.set))
+    handles = [save(manager, 1, 0.5)]
+    assert problems.wait(60)
+    handles += [save(manager, step, 1 / (step + 2)) for step in (2, 3)]
+    link.unlink()
+    manager.wait(60, tier="mirror")
+    assert arrival(handles[-1]).global_step == 3
+    assert steps(reader) == [2, 3]
+    assert all(handle.mirrored is not None and handle.mirrored.exception(60) is None for handle in handles)
+
+
 @only_to_a_directory
 def test_leaving_what_is_lacking_to_the_process(make: Make, reader: CheckpointManager) -> None:
     """As when the grace period of a job that is ended is over: nothing waits for the mirror any more."""
@@ -1341,6 +1442,43 @@ def test_the_process_is_killed_and_no_other_can_be_started(make: Make, monkeypat
     assert handle.mirrored is not None
     with pytest.raises(asyncckpt.CheckpointError, match="before the end: no more processes"):
         handle.mirrored.result(0)
+
+
+@only_to_a_directory
+def test_a_process_that_never_comes_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It starts, and dies: that is said, and nobody waits for ever."""
+    monkeypatch.setattr(mirror_service, "_FIRST_PAUSE_SECS", 0.01)
+    monkeypatch.setattr(mirror_service, "_MAX_PAUSE_SECS", 0.01)
+    monkeypatch.setattr(mirror_service, "MIRROR_MODULE", "asyncckpt.no_such_module")
+    manager = make()
+    handle = save(manager, 1)
+    manager.close(60)
+    assert handle.mirrored is not None
+    with pytest.raises(asyncckpt.CheckpointError, match=r"before the end: the mirror's process \d+ "):
+        handle.mirrored.result(0)
+
+
+@only_to_a_directory
+def test_what_the_process_says_is_not_understood(
+    make: Make, reader: CheckpointManager, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is in the log, and what it says next is heard."""
+    decode, refused = messages.decode_from_mirror, list[bytes]()
+
+    def decode_all_but_one(body: bytes) -> messages.FromMirror:
+        if not refused:
+            refused.append(body)
+            raise ValueError("of another version")
+        return decode(body)
+
+    monkeypatch.setattr(messages, "decode_from_mirror", decode_all_but_one)
+    manager = make()
+    save(manager, 1)
+    wait_for(lambda: refused)
+    save(manager, 2)
+    manager.wait(60, tier="mirror")
+    assert steps(reader) == [1, 2]
+    assert "of another version" in caplog.text
 
 
 @only_to_a_directory

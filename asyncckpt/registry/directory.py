@@ -31,7 +31,7 @@ from asyncckpt.paths import as_path
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry import turns
 from asyncckpt.registry.backlog import Mirrored
-from asyncckpt.registry.files import CheckpointFiles, NameTakenError, Report
+from asyncckpt.registry.files import CheckpointFiles, LinkTakenError, NameTakenError, Report
 from asyncckpt.registry.index import Index, IndexState, check_claim
 from asyncckpt.registry.recovery import Survey, describe_file, survey
 from asyncckpt.registry.registry import (
@@ -478,8 +478,12 @@ class CheckpointDirectory:
                 raise
             self._registry, self._is_recorded = registry, True
             self._tell_of_unmirrored(before, registry, self._why_unmirrored())
-            self._link_best()
             self._reserved.discard(str(info.filepath))
+            try:
+                self._link_best()
+            except LinkTakenError:  # all is listed, and what it has replaced must not pile up
+                self._delete_pending()
+                raise
         return next((kept for kept in registry.checkpoints if kept.sequence == info.sequence), info)
 
     def _announce(self, registry: Registry, info: CheckpointInfo) -> Registry:
@@ -518,9 +522,12 @@ class CheckpointDirectory:
     def delete_pending(self) -> None:
         """Delete what the recorded registry no longer needs; durable on return. Blocks. Never raises OSError."""
         with self._writing:
-            self.generation = next(_generations)
-            if self._registry is not None and self._is_recorded:
-                self._registry = self._files.delete(self._registry, self._registry.pending_deletes)
+            self._delete_pending()
+
+    def _delete_pending(self) -> None:
+        self.generation = next(_generations)
+        if self._registry is not None and self._is_recorded:
+            self._registry = self._files.delete(self._registry, self._registry.pending_deletes)
 
     def prune(self, retention: RetentionPolicy | None = None, *, dry_run: bool = False) -> list[CheckpointInfo]:
         """Apply a policy now, to checkpoints recovered without a registry too; what was (or would be) dropped.

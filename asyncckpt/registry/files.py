@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from asyncckpt.errors import CheckpointWriteError, CorruptCheckpointError
 from asyncckpt.events import EventKind
+from asyncckpt.image.layout import FOLDER, METADATA_RECORD
 from asyncckpt.image.verify import default_num_threads, verify_reader
 from asyncckpt.naming import BEST_NAME, REGISTRY_NAME
 from asyncckpt.registry.recovery import Survey, describe_file, file_of
@@ -21,13 +22,19 @@ from asyncckpt.registry.registry import MAX_REGISTRY_BYTES, PendingDelete, Regis
 from asyncckpt.storage.base import Reader, Storage
 from asyncckpt.threads import log_quietly
 
-_END_RECORD_BYTES = 22  # of an archive's end record, with which each of ours ends
+_START = ((0, b"PK\x03\x04"), (30, f"{FOLDER}/data.pkl".encode()))  # of each of our files, and where
+_START_BYTES = 4 << 10
+_END_BYTES = 64 << 10
 
 Report = Callable[[EventKind, str, str], None]
 
 
 class NameTakenError(CheckpointWriteError):
     """Another file has the name, which is not this writer's to replace."""
+
+
+class LinkTakenError(NameTakenError):
+    """Another file has the best link's name; the checkpoint itself is there, and listed."""
 
 
 class CheckpointFiles:
@@ -66,17 +73,21 @@ class CheckpointFiles:
         raise NameTakenError(f"{path} is another file, not of this run: it is not overwritten; move it away")
 
     def check_link(self, run_id: str) -> None:
-        """Raise `NameTakenError` if `best_model.pt` is somebody else's; a damaged checkpoint is not.
+        """Raise `LinkTakenError` if `best_model.pt` is somebody else's; a damaged checkpoint is not.
 
         Blocks, and reads all of a file that does not say that it is ours.
         """
         try:
             self.check_ours(self.path_of(BEST_NAME), run_id)
-        except NameTakenError:
+        except NameTakenError as error:
             if not self._is_damaged_checkpoint(BEST_NAME):
-                raise
+                raise LinkTakenError(str(error)) from None
 
     def _is_damaged_checkpoint(self, name: str) -> bool:
+        """Whether a file is damaged, and was one of ours: not what somebody else's file is that we can't read."""
+        with contextlib.suppress(CorruptCheckpointError):
+            if describe_file(self._storage, self.path_of(name)) is not None:
+                return False
         try:
             return self._looks_like_a_checkpoint(name) and bool(self.problem(name))
         except OSError as error:
@@ -188,13 +199,18 @@ class CheckpointFiles:
         return is_there
 
     def _looks_like_a_checkpoint(self, name: str) -> bool:
-        """Damaged, but one: an archive by its first bytes or its last, or never written at all."""
+        """Damaged, but of ours: its end has the name of our metadata. Or it has no end, and begins as ours, or as what
+        was never written."""
         with self._storage.open(self.path_of(name), follow_links=False) as reader:
-            start = bytearray(min(4, reader.num_bytes))
+            start = bytearray(min(_START_BYTES, reader.num_bytes))
             reader.read_into(0, memoryview(start))
-            end = bytearray(min(_END_RECORD_BYTES, reader.num_bytes))
+            end = bytearray(min(_END_BYTES, reader.num_bytes))
             reader.read_into(reader.num_bytes - len(end), memoryview(end))
-        return b"PK\x03\x04".startswith(start) or not any(start) or end.startswith(b"PK\x05\x06")
+        if METADATA_RECORD.encode() in end:
+            return True
+        is_cut = b"PK\x05\x06" not in end
+        begins_as_ours = all(part.startswith(bytes(start[at : at + len(part)])) for at, part in _START)
+        return is_cut and (begins_as_ours or not any(start))
 
 
 class _Heard(Reader):

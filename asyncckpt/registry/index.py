@@ -98,7 +98,7 @@ class Index:
     def link(self, best: CheckpointInfo, run_id: str) -> None:
         """Let the best link hold this checkpoint, if it does not; durable on return.
 
-        Raises FileNotFoundError if the checkpoint's file is gone, and `NameTakenError` if somebody else's file has the
+        Raises FileNotFoundError if the checkpoint's file is gone, and `LinkTakenError` if somebody else's file has the
         link's name.
         """
         if self._is_linked(best):

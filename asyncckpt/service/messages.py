@@ -331,7 +331,14 @@ def plain_text(text: str) -> str:
 
 def describe_error(error: BaseException) -> PlainError:
     """An error, with what it was raised from, as plain data."""
-    cause = describe_error(error.__cause__) if error.__cause__ is not None else None
+    return _describe_error(error, set())
+
+
+def _describe_error(error: BaseException, seen: set[int]) -> PlainError:
+    seen.add(id(error))
+    cause = None
+    if error.__cause__ is not None and id(error.__cause__) not in seen:  # some clients raise in circles
+        cause = _describe_error(error.__cause__, seen)
     number = error.errno if isinstance(error, OSError) else None
     text = str(error)
     if isinstance(error, OSError) and not isinstance(error, CheckpointError):

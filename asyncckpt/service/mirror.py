@@ -40,7 +40,7 @@ from asyncckpt.service.queue import Emit
 from asyncckpt.service.replicator import Replicator, make_replicator
 from asyncckpt.service.writer_process import MIRROR_MODULE, WriterProcess, why_not
 from asyncckpt.storage.base import Storage
-from asyncckpt.threads import log_quietly
+from asyncckpt.threads import log_quietly, logger
 
 _POLL_SECS = 0.02
 _MAX_ENDING_SECS = 10.0
@@ -49,6 +49,10 @@ _MAX_PAUSE_SECS = 60.0
 
 
 RunCallback = Callable[[Callable[[], object]], None]
+
+
+def _call(action: Callable[[], None]) -> None:
+    action()
 
 
 class Mirror:
@@ -67,6 +71,7 @@ class Mirror:
         self._exit_deadline: float | None = None
         self._is_left = False  # to its process
         self._is_closed = False
+        self._is_complete = False  # at the end
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(self, _abandon, copier, self._pid)
         self._finalizer.atexit = False
@@ -178,11 +183,12 @@ class Mirror:
         """What is lacking is its process's business now: nothing here waits for it. Without one nothing changes."""
         self._is_left = self._copier.survives_exit
 
-    def close(self, timeout: float | None) -> bool:
+    def close(self, timeout: float | None, call_when_idle: Callable[[Callable[[], None]], object] = _call) -> bool:
         """Bring what is lacking, if that can be done now and in time, and end; False if something is lacking.
 
         Blocks up to `timeout` seconds. Where the mirror is down, it is tried once more, and left to the next run; where
-        there is not enough time, its process goes on alone. Futures that are not settled get an error. Safe to call
+        there is not enough time, its process goes on alone, as soon as `call_when_idle` says that nothing is being
+        saved any more. Futures that are not settled get an error. Safe to call
         twice.
         """
         if self._is_closed or not self._is_ours:
@@ -190,13 +196,13 @@ class Mirror:
         deadline = _deadline(timeout)
         number = self.poke(is_hurried=True)
         is_complete = self._wait(number, deadline, while_down=False)
-        self._is_closed = True
+        self._is_closed, self._is_complete = True, is_complete
         self._finalizer.detach()
         if is_complete or self._standing.is_stuck(number):
             self._copier.stop(min(_MAX_ENDING_SECS, _remaining(deadline)))
             who = "the next run brings them there"
         else:
-            self._copier.let_go()
+            call_when_idle(self._copier.let_go)
             who = self._copier.who_goes_on
         if not is_complete:
             log_quietly(logging.WARNING, f"the mirror lacks some checkpoints{self._standing.reason}; {who}")
@@ -216,7 +222,9 @@ class Mirror:
     def _wait(self, number: int, deadline: float | None, *, while_down: bool) -> bool:
         standing = self._standing
         while not standing.has_caught_up(number):
-            if self._is_closed or self._is_left or not self._is_ours or _remaining(deadline) == 0.0:
+            if self._is_closed:
+                return self._is_complete
+            if self._is_left or not self._is_ours or _remaining(deadline) == 0.0:
                 return False
             if not while_down and standing.is_stuck(number):
                 return False
@@ -473,12 +481,22 @@ class ProcessCopier:
                 received = process.connection.receive()
                 if received is None:
                     break
-                pause = 0.0
-                self._hear(messages.decode_from_mirror(received[0]))
+                try:
+                    message = messages.decode_from_mirror(received[0])
+                    self._hear(message)
+                except Exception:  # of another version, say: the next process may be of ours
+                    logger.exception("what the mirror's process says is not understood")
+                    process.kill()
+                    break
+                if isinstance(message, Progress):
+                    pause = 0.0
             process.wait()
             if self._is_stopped:
                 break
-            log_quietly(logging.WARNING, f"the mirror's process {process.pid} {process.describe_end()}")
+            what = f"the mirror's process {process.pid} {process.describe_end()}"
+            log_quietly(logging.WARNING, what)
+            if pause > 0.0:  # as the one before, and nothing has come of it
+                self._standing.cannot_try(CheckpointError(what))
             pause = min(max(2 * pause, _FIRST_PAUSE_SECS), _MAX_PAUSE_SECS)
             self._start_another(pause)
         self._standing.ended()

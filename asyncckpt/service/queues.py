@@ -33,8 +33,5 @@ def in_process(threads: SaveQueue, setup: Setup, emit: Emit) -> AnyQueue:
             return ProcessQueue(threads, setup, emit)
     except OSError as error:
         reason = f"a writer process can't be started: {error}"
-    except BaseException:
-        threads.stop()
-        raise
     warn(f"{reason}; threads write the checkpoints instead, and don't outlive the trainer")
     return threads

@@ -20,7 +20,7 @@ from asyncckpt.events import EventKind
 from asyncckpt.records import CheckpointInfo
 from asyncckpt.registry.backlog import Backlog, Mirrored
 from asyncckpt.registry.directory import CheckpointDirectory
-from asyncckpt.registry.files import NameTakenError
+from asyncckpt.registry.files import LinkTakenError, NameTakenError
 from asyncckpt.registry.mirror_note import NoteWriter
 from asyncckpt.registry.replication import ReplacedError, Replica
 from asyncckpt.registry.retention import RetentionPolicy
@@ -209,6 +209,8 @@ class Replicator:
         assert info.sequence is not None
         try:
             copied = self._replica.copy(info)
+        except LinkTakenError:  # it is there
+            raise
         except (CorruptCheckpointError, NameTakenError) as error:
             self._give_up(info.sequence, error)
         except ReplacedError:

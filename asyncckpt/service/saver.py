@@ -247,11 +247,12 @@ class AsyncCheckpointSaver:
                 return True
         return handle.wait_over(0)
 
-    def close(self, timeout: float | None = None) -> None:
+    def close(self, timeout: float | None = None, *, before_end: Callable[[], None] | None = None) -> None:
         """Take no more saves, wait until all are durable and all callbacks have run, and give threads and memory back.
 
         Blocks up to `timeout` seconds. Raises as `wait` does. May be called again, from any thread, and then waits
-        again for what is still in flight; in a forked child it does nothing.
+        again for what is still in flight; in a forked child it does nothing. `before_end` is called when that has been
+        waited for, while the callbacks' thread still runs.
         """
         if os.getpid() != self._pid:
             return
@@ -266,12 +267,19 @@ class AsyncCheckpointSaver:
                 raise
             log_quietly(logging.WARNING, f"left to the writer process: {error}")
         finally:
-            self._queue.stop()
-            for group in self._thread_groups:
-                group.stop()
-            for group in (*self._queue.thread_groups, *self._thread_groups):
-                group.join(0.0 if self._is_left else _remaining(deadline))
-            self._snapshots.close()
+            try:
+                if before_end is not None:
+                    before_end()
+            finally:
+                self._end(deadline)
+
+    def _end(self, deadline: float | None) -> None:
+        self._queue.stop()
+        for group in self._thread_groups:
+            group.stop()
+        for group in (*self._queue.thread_groups, *self._thread_groups):
+            group.join(0.0 if self._is_left else _remaining(deadline))
+        self._snapshots.close()
 
     def use_writer_process(self) -> bool:
         """From now on let a writer process write, which finishes what is staged when this process is killed.
@@ -350,14 +358,7 @@ class AsyncCheckpointSaver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None:
-            self.close(self.exit_timeout_secs)
-            return
-        try:
-            self.close(self.exit_timeout_secs)
-        except Exception:
-            # The body's own error is the one to raise; failed saves are in the log already.
-            logger.exception("saves failed while another error was on its way")
+        close_after(error, lambda: self.close(self.exit_timeout_secs))
 
     # --- what happens to one save, in order ---
 
@@ -527,6 +528,17 @@ class AsyncCheckpointSaver:
 
     def forget_after_fork(self) -> None:
         self._finalizer.detach()
+
+
+def close_after(error: BaseException | None, close: Callable[[], None]) -> None:
+    """Close at the end of a block, which has ended with `error`: that is the one to raise; failed saves are in the log
+    already."""
+    try:
+        close()
+    except Exception:
+        if error is None:
+            raise
+        logger.exception("saves failed while another error was on its way")
 
 
 def _abandon(queue: AnyQueue, groups: Sequence[ThreadGroup], snapshots: Snapshotter, pid: int) -> None:

@@ -19,6 +19,7 @@ from asyncckpt.image.verify import verify_reader
 from asyncckpt.paths import as_path
 from asyncckpt.records import CheckpointInfo, Timings
 from asyncckpt.registry.directory import Listing
+from asyncckpt.registry.files import LinkTakenError
 from asyncckpt.service.watchdog import Watch
 from asyncckpt.storage.base import Storage, Upload
 from asyncckpt.threads import ThreadGroup
@@ -175,6 +176,8 @@ def _read_back(path: str, upload: Upload) -> None:
 
 def _describe(job: Job, error: OSError) -> CheckpointWriteError:
     what_failed = "is whole, but could not be listed in the registry" if job.is_committed else "was not saved"
+    if isinstance(error, LinkTakenError):
+        what_failed = "is saved and listed, but the link to the best one can't be renewed"
     reason = error.strerror or str(error)
     return CheckpointWriteError(f"{job.path} {what_failed}: {reason}{remedy(error.errno, job.path)}", errno=error.errno)
 

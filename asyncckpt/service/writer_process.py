@@ -102,6 +102,10 @@ class WriterProcess:
         """It finishes what it has, and ends. Safe to call twice, from any thread."""
         self.connection.shut_down()
 
+    def kill(self) -> None:
+        """End it at once; whatever it is doing can be cut off at any moment."""
+        self._process.kill()
+
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for its end, and give up what we hold of it; False on time-out."""
         try:

@@ -40,7 +40,9 @@ def release_frames(error: BaseException) -> None:
     locals go. Those of coroutines stay: one may have caught the same error, and be at its next try.
     """
     found: BaseException | None = error
-    while found is not None:
+    seen: set[int] = set()  # some clients raise in circles
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
         entry = found.__traceback__
         while entry is not None and not entry.tb_frame.f_code.co_flags & inspect.CO_COROUTINE:
             if not entry.tb_frame.f_code.co_flags & inspect.CO_GENERATOR:

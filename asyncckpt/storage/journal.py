@@ -79,10 +79,10 @@ class Journals:
         self._directory = directory
 
     def begin(self, upload: UploadRecord) -> Journal | None:
-        """Start a journal; None where none are kept."""
+        """Start a journal; None where none are kept. Best effort, as `Journal.add`."""
         if self._directory is None:
             return None
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(OSError):
             system_calls.make_directory(self._directory, 0o700)
         journal = Journal(os.path.join(self._directory, f"{secrets.token_hex(8)}{_SUFFIX}"), upload)
         _taken.add(journal.file_path)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
 import shutil
 import sys
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -787,6 +789,48 @@ def test_a_torn_best_link_is_renewed(run: Run) -> None:
     (run.path / BEST_NAME).write_bytes(content[: len(content) // 2])
     run.restart()
     run.assert_in_order()
+
+
+def script() -> bytes:
+    """A model as TorchScript has it: a zip archive of torch's that no checkpoint is."""
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(2)), buffer)
+    return buffer.getvalue()
+
+
+def archive(compression: int) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as file:
+        file.writestr("archive/data.pkl", bytes(1000))
+    return buffer.getvalue()
+
+
+def state() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"weights": torch.zeros(10)}, buffer)
+    return buffer.getvalue()
+
+
+STRANGE_FILES: dict[str, Callable[[], bytes]] = {
+    "TorchScript": script,
+    "a state": state,
+    "compressed": lambda: archive(zipfile.ZIP_DEFLATED),
+    "stored": lambda: archive(zipfile.ZIP_STORED),
+    "numbers": lambda: bytes(8) + b"1234567890",
+    "text": lambda: b"best model",
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", STRANGE_FILES)
+def test_somebody_elses_file_is_not_taken_for_a_damaged_one(run: Run, kind: str) -> None:
+    """It stays, and the save says so."""
+    content = STRANGE_FILES[kind]()
+    run.path.mkdir()
+    (run.path / BEST_NAME).write_bytes(content)
+    with pytest.raises(CheckpointWriteError, match="is another file, not of this run"):
+        run.save(1, 0.5)
+    assert (run.path / BEST_NAME).read_bytes() == content
 
 
 def test_a_best_link_with_one_bad_bit_is_still_the_runs(run: Run) -> None:

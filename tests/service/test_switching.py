@@ -72,6 +72,25 @@ def test_a_signal_handler_asks_while_it_is_taken(saver: AsyncCheckpointSaver, tm
     assert [Path(handle.result(60).filepath).name for handle in handles] == ["a.pt", "b.pt", "c.pt"]
 
 
+def test_interrupted_while_the_process_is_started(
+    saver: AsyncCheckpointSaver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Ctrl-C: threads go on writing, and never the one that trains."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(queues, "ProcessQueue", interrupt)
+        saver.use_writer_process()
+    with disk_held() as gate:
+        handle = saver.save({}, tmp_path / "a.pt")
+        assert not handle.done()
+        gate.set()
+        handle.result(60)
+    assert saver.use_writer_process()
+
+
 def test_where_there_can_be_no_process(
     saver: AsyncCheckpointSaver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

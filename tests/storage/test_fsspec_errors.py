@@ -8,6 +8,7 @@ import socket
 
 import pytest
 
+from asyncckpt.service.messages import describe_error
 from asyncckpt.storage.base import ConflictError
 from asyncckpt.storage.fsspec_errors import explained, release_frames
 
@@ -90,3 +91,12 @@ def test_one_error_for_two_requests() -> None:
         return await patient
 
     assert asyncio.run(both()) == "answer"
+
+
+def test_errors_in_a_circle() -> None:
+    """As of a client that raises what has failed first from what has failed then."""
+    first, then = ConnectionError("first"), TimeoutError("then")
+    first.__cause__, then.__cause__ = then, first
+    with pytest.raises(OSError, match="the connection is lost") as meant, explained("sftp://host/run"):
+        raise first
+    assert describe_error(meant.value).cause is not None
