@@ -471,7 +471,6 @@ class ProcessCopier:
     def _start(self) -> WriterProcess:
         process = WriterProcess(MIRROR_MODULE)
         process.connection.send(messages.encode(self._setup))
-        process.connection.send(messages.encode(Unpin(self._unpinned)))  # an earlier one may not have come to it
         return process
 
     def _serve(self) -> None:
@@ -515,6 +514,7 @@ class ProcessCopier:
                 self._standing.cannot_try(error)
                 pause = _MAX_PAUSE_SECS
                 continue
+            self._send(Unpin(self._unpinned))  # what was sent to an earlier one may not have come to it
             self._send_poke()
             if self._is_stopped:
                 self._hang_up()

@@ -93,12 +93,12 @@ def conclude_committed(saves: Iterable[Handover], conclude: Conclude) -> None:
     for directory, own in by_directory.items():
         try:
             directory.recover()
+            listed = {info.sequence: info for info in directory.registry.checkpoints}
         except Exception as error:
             directory.close()  # the next save opens it anew
             for save in own:
                 conclude(save, None, error)
             continue
-        listed = {info.sequence: info for info in directory.registry.checkpoints}
         for save in own:
             listing = save.submission.listing
             info = listed.get(listing.info.sequence) if listing is not None else None
