@@ -336,6 +336,25 @@ def test_what_the_mirror_has_lost_is_brought_again(make: Make, reader: Checkpoin
     assert steps(reader) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("kind", ["to a directory", "to a directory, by a thread"])
+def test_pruning_here_unpins_nothing_there(make: Make, reader: CheckpointManager, tmp_path: Path) -> None:
+    """Whose registry is lost does not know what is pinned, and prunes it; the mirror knows."""
+    manager = make(max_checkpoints=1)
+    save(manager, 1)
+    manager.wait()
+    manager.pin(1)
+    save(manager, 2)
+    manager.wait(60, tier="mirror")
+    manager.close(60)
+    (tmp_path / "here" / REGISTRY_NAME).unlink()
+    manager = make(max_checkpoints=1)
+    assert [info.global_step for info in manager.prune()] == [1]
+    for step in (3, 4):
+        save(manager, step)
+        manager.wait(60, tier="mirror")
+    assert steps(reader) == [1, 4]
+
+
 def test_unpinning_between_runs(make: Make, reader: CheckpointManager) -> None:
     first = make(max_checkpoints=1)
     save(first, 1)
