@@ -25,7 +25,7 @@ from asyncckpt.service.mirror import Mirror, RunCallback
 from asyncckpt.service.queue import Emit
 from asyncckpt.storage.bounded import BoundedStorage, NoAnswerError
 from asyncckpt.storage.journal import journals_directory
-from asyncckpt.storage.places import full_path
+from asyncckpt.storage.places import full_path, one_spelling
 from asyncckpt.threads import log_quietly
 
 T = TypeVar("T")
@@ -168,7 +168,7 @@ class MirrorTier:
 def mirror_place(mirror: str | os.PathLike[str], directory: str) -> str:
     """The full path, or URL, of a mirror of `directory`. Raises as `full_path` does; ValueError if it is the same."""
     place = full_path(mirror, "mirror")
-    is_same = place == directory
+    is_same = one_spelling(place) == one_spelling(directory)
     if not scheme_of(place) and not scheme_of(directory):
         with contextlib.suppress(NoAnswerError, OSError):
             is_same = _ask_apart(lambda: os.path.realpath(place) == os.path.realpath(directory), _MAX_RESOLVE_SECS)

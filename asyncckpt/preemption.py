@@ -72,7 +72,11 @@ class PreemptionGuard:
         self._watcher.start()
         self._before: dict[signal.Signals, Any] = {}
         for number in signals:
-            self._before[number] = signal.signal(number, self._handle)
+            try:
+                self._before[number] = signal.signal(number, self._handle)
+            except (OSError, ValueError) as error:
+                self.close()
+                raise ValueError(f"{number!r} is no signal that a program can handle") from error
         _guards.add(self)
 
     @property

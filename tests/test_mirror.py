@@ -963,6 +963,12 @@ def test_a_signal_handler_saves_in_the_middle_of_a_save(
     assert steps(reader) == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(("here", "there"), [("gs", "gcs"), ("abfs", "az"), ("abfs", "abfss"), ("ssh", "sftp")])
+def test_the_same_place_by_another_scheme(here: str, there: str) -> None:
+    with pytest.raises(ValueError, match="another place"):
+        CheckpointManager(f"{here}://bucket/run", mirror=f"{there}://bucket/run")
+
+
 @only_to_a_directory
 def test_the_same_step_saved_again_while_the_mirror_is_down(make: Make, tmp_path: Path) -> None:
     """As by a periodic save and the last one: the first is replaced, and no loss."""

@@ -272,3 +272,11 @@ def test_wrong_use(saver: AsyncCheckpointSaver) -> None:
     thread.start()
     thread.join()
     assert errors == ["a PreemptionGuard must be made on the main thread: only that one may handle signals"]
+
+
+def test_a_signal_that_nobody_can_handle(saver: AsyncCheckpointSaver) -> None:
+    """The error names it, and the others mean what they meant."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ValueError, match="SIGKILL"):
+        PreemptionGuard(saver, [signal.SIGTERM, signal.SIGKILL])
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -175,7 +175,8 @@ def copy(
 ) -> None:
     """Copy a checkpoint, or a directory of them, checking every byte; what is there already is not copied again.
 
-    Nothing is overwritten or deleted, and no retention applied. Exits with 1 if something is damaged.
+    Nothing is deleted, and nothing overwritten but a damaged copy of the same checkpoint; no retention is applied.
+    Exits with 1 if something is damaged.
     """
     with _storage(storage_option, source, destination) as storage:
         if not destination:

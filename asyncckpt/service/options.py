@@ -14,6 +14,7 @@ from asyncckpt.service.handle import SaveHandle
 
 WriterKind = Literal["auto", "thread", "process"]
 WRITER_KINDS: tuple[str, ...] = get_args(WriterKind)
+_MAX_EXIT_CODE = 255
 
 
 class SaverOptions(TypedDict, total=False):
@@ -51,6 +52,7 @@ def check_options(
     nice: int,
     stall_timeout_secs: float,
     exit_timeout_secs: float,
+    exit_code: int | None,
 ) -> None:
     """Raise ValueError, or TypeError, for the first one that can't be as it is."""
     _check_choice("snapshot", snapshot, SNAPSHOT_MODES)
@@ -65,7 +67,11 @@ def check_options(
         _check_at_least("memory_limit", memory_limit, 1)
     if not 0 < stall_timeout_secs < math.inf:
         raise ValueError(f"stall_timeout_secs must be a number of seconds above 0, not {stall_timeout_secs}")
-    if exit_timeout_secs < 0:
+    if exit_code is not None:
+        _check_at_least("exit_code", exit_code, 1)
+        if exit_code > _MAX_EXIT_CODE:
+            raise ValueError(f"exit_code must be at most {_MAX_EXIT_CODE}, as the system has it, not {exit_code}")
+    if not exit_timeout_secs >= 0:
         raise ValueError(f"exit_timeout_secs must be at least 0, not {exit_timeout_secs}")
 
 

@@ -74,7 +74,7 @@ class AsyncCheckpointSaver:
             log and `handle.timings.stalled_secs`. It can't be ended; training goes on.
         exit_timeout_secs: how long the interpreter's exit, or that of a `with` block, may be held up for what is still
             in flight.
-        exit_code: the process's exit code if that fails while it would have been 0; None leaves it alone.
+        exit_code: the process's exit code, 1 to 255, if that fails while it would have been 0; None leaves it alone.
         storage_options: how to open what a URL names, as fsspec's filesystem for it takes them.
     """
 
@@ -111,6 +111,7 @@ class AsyncCheckpointSaver:
             nice=nice,
             stall_timeout_secs=stall_timeout_secs,
             exit_timeout_secs=exit_timeout_secs,
+            exit_code=exit_code,
         )
         self.exit_code = exit_code
         self.exit_timeout_secs = exit_timeout_secs

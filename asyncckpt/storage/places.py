@@ -18,7 +18,14 @@ from asyncckpt.storage.options import s3_options
 from asyncckpt.storage.schemes import Way, is_known, make_storage, scheme_named
 
 _SAME_AS = {"s3a": "s3"}  # Hadoop's name for it
+_SPELLINGS = {"gcs": "gs", "az": "abfs", "abfss": "abfs", "ssh": "sftp"}
 _SERVER = re.compile(r"([^:]*@)?(\[[\da-fA-F:.]+\]|[^:@]*)(:\d+)?")  # the user's name, the host, the port
+
+
+def one_spelling(place: str) -> str:
+    """The same for two full paths, or URLs, that differ in the name of their scheme only."""
+    scheme = scheme_of(place)
+    return _SPELLINGS.get(scheme, scheme) + place[len(scheme) :]
 
 
 def full_path(path: str | os.PathLike[str], what: str = "a checkpoint's path") -> str:

@@ -6,6 +6,7 @@ What counts is how a file becomes visible there: by a rename, by the finished pu
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -71,7 +72,8 @@ def scheme_named(name: str) -> Scheme:
             "registered by fsspec.register_implementation"
         )
     if find_spec(scheme.package) is None:
-        raise MissingExtraError(f"{name}:// needs {scheme.package}: pip install '{scheme.install}'")
+        install = " ".join(shlex.quote(package) for package in scheme.install.split())
+        raise MissingExtraError(f"{name}:// needs {scheme.package}: pip install {install}")
     return scheme
 
 

@@ -101,11 +101,12 @@ def test_urls_that_can_not(url: str | Path, message: str) -> None:
 @pytest.mark.parametrize(
     ("scheme", "package", "install"),
     [
-        ("s3", "s3fs", "asyncckpt[s3]"),
-        ("gs", "gcsfs", "asyncckpt[gcs]"),
-        ("az", "adlfs", "asyncckpt[azure]"),
-        ("sftp", "paramiko", "asyncckpt[sftp]"),
+        ("s3", "s3fs", "'asyncckpt[s3]'"),
+        ("gs", "gcsfs", "'asyncckpt[gcs]'"),
+        ("az", "adlfs", "'asyncckpt[azure]'"),
+        ("sftp", "paramiko", "'asyncckpt[sftp]'"),
         ("memory", "fsspec", "fsspec"),
+        ("smb", "smbprotocol", "smbprotocol fsspec"),
     ],
 )
 def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch, scheme: str, package: str, install: str) -> None:
@@ -114,7 +115,7 @@ def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch, scheme: str, pac
     monkeypatch.setattr(schemes, "find_spec", lambda name: None if name == package else find(name))
     with pytest.raises(MissingExtraError) as missing:
         CheckpointManager(f"{scheme}://place/run")
-    assert str(missing.value) == f"{scheme}:// needs {package}: pip install '{install}'"
+    assert str(missing.value) == f"{scheme}:// needs {package}: pip install {install}"
 
 
 class Disk(LocalFileSystem):  # type: ignore[misc]
