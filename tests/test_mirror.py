@@ -1227,9 +1227,7 @@ def test_there_is_no_time_to_close(make: Make, reader: CheckpointManager) -> Non
 
 
 @pytest.mark.parametrize("kind", ["to a directory", "to a directory, by a thread"])
-def test_what_becomes_durable_after_closing(
-    make: Make, reader: CheckpointManager, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_becomes_durable_after_closing(make: Make, reader: CheckpointManager) -> None:
     """There was no time to wait for the disk: it still comes to the mirror, since nobody is let go before."""
     manager = make()
     save(manager, 1)
@@ -1487,7 +1485,7 @@ def test_a_process_that_never_comes_up(make: Make, monkeypatch: pytest.MonkeyPat
 def test_what_the_process_says_is_not_understood(
     make: Make, reader: CheckpointManager, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is in the log, and what it says next is heard."""
+    """It is in the log, and another one takes its place."""
     decode, refused = messages.decode_from_mirror, list[bytes]()
 
     def decode_all_but_one(body: bytes) -> messages.FromMirror:

@@ -833,6 +833,19 @@ def test_somebody_elses_file_is_not_taken_for_a_damaged_one(run: Run, kind: str)
     assert (run.path / BEST_NAME).read_bytes() == content
 
 
+def test_while_the_best_link_is_somebody_elses(run: Run) -> None:
+    """Every save says so, though it is listed; what it replaces is deleted all the same."""
+    run.path.mkdir()
+    (run.path / BEST_NAME).write_bytes(b"best model")
+    for step in (1, 2, 3):
+        with pytest.raises(CheckpointWriteError, match="is saved and listed, but the link"):
+            run.save(step, 1 / step)
+    assert len(list(run.path.glob("checkpoint_*"))) == run.num_kept
+    (run.path / BEST_NAME).unlink()
+    run.restart()
+    run.assert_in_order()
+
+
 def test_a_best_link_with_one_bad_bit_is_still_the_runs(run: Run) -> None:
     """Wherever that is: also where the file says whose it is. The next best one replaces it, if no restart does."""
     run.save(1, 0.5)
